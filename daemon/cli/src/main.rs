@@ -1,0 +1,2 @@
+//! The blocklora command line.
+fn main() {}

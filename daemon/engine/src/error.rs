@@ -1,0 +1,110 @@
+//! Everything that can go wrong in the engine, one variant per kind, each naming the file, tensor or field.
+
+use std::path::PathBuf;
+
+/// The engine's error. Every message says what is wrong with which file, tensor or field.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is there but its content is not what it must be.
+    #[error("{path}: {reason}")]
+    InvalidFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, naming the field or tensor.
+        reason: String,
+    },
+    /// A tensor is missing, or has the wrong shape or type.
+    #[error("{path}: tensor {tensor:?}: {reason}")]
+    InvalidTensor {
+        /// The file that holds (or should hold) it.
+        path: PathBuf,
+        /// Its name.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The model has a part or setting that this engine does not support.
+    #[error("{path}: {field} = {value} is not supported ({supported})")]
+    Unsupported {
+        /// The config file.
+        path: PathBuf,
+        /// The field in it.
+        field: String,
+        /// Its value.
+        value: String,
+        /// What would be.
+        supported: String,
+    },
+    /// An adapter file is not valid.
+    #[error(transparent)]
+    Adapter(#[from] blocklora_spec::Error),
+    /// An adapter cannot be used with this model or beside these other adapters.
+    #[error("adapter {adapter:?}: {reason}")]
+    Incompatible {
+        /// The adapter's name.
+        adapter: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A prompt cannot be encoded.
+    #[error("prompt {prompt:?}: {reason}")]
+    Prompt {
+        /// The prompt.
+        prompt: String,
+        /// Why.
+        reason: String,
+    },
+    /// A setting is out of its range.
+    #[error("{name} = {value}: {reason}")]
+    InvalidOption {
+        /// The setting.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        reason: String,
+    },
+    /// A value that must be finite is not; nothing was saved.
+    #[error("{what} is not finite ({value}) at step {step}")]
+    NotFinite {
+        /// Which value.
+        what: String,
+        /// NaN or an infinity.
+        value: f32,
+        /// The step at which it appeared.
+        step: usize,
+    },
+    /// The caller cancelled.
+    #[error("cancelled")]
+    Cancelled,
+    /// The tensor library failed.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// The engine's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+    /// An [`Error::InvalidFile`] for `path`.
+    pub fn invalid_file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::InvalidFile { path: path.into(), reason: reason.into() }
+    }
+    /// An [`Error::InvalidOption`].
+    pub fn option(name: impl Into<String>, value: impl ToString, reason: impl Into<String>) -> Self {
+        Self::InvalidOption { name: name.into(), value: value.to_string(), reason: reason.into() }
+    }
+}

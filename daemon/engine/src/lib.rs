@@ -1,0 +1,11 @@
+//! The engine of BlockLoRA: a Stable Diffusion model on candle whose live weights take adapters in place, exactly and
+//! reversibly, and which trains adapters' factors. It knows neither IPC nor plugins.
+
+mod error;
+pub mod merge;
+pub mod nn;
+pub mod ops;
+pub mod rng;
+pub mod sample;
+
+pub use error::{Error, Result};

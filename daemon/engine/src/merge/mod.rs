@@ -1,0 +1,3 @@
+//! Merging adapters into the live weights: strategies plan, the engine's kernel writes rows.
+
+pub mod strategy;

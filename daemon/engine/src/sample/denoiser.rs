@@ -1,0 +1,35 @@
+//! What a sampler gets from its host, and what it must do.
+
+use crate::error::Result;
+
+/// The training noise schedule: z_t = sqrt(alphas_cumprod[t]) z_0 + sqrt(1 - alphas_cumprod[t]) eps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NoiseSchedule {
+    /// Product of (1 - beta) up to and including t, for t in 0..num_train_timesteps.
+    pub alphas_cumprod: Vec<f32>,
+    /// Added to every inference timestep (`steps_offset` of the scheduler config).
+    pub steps_offset: usize,
+    /// Whether the step after the last one uses alpha_cumprod = 1 (`set_alpha_to_one`), else alphas_cumprod[0].
+    pub set_alpha_to_one: bool,
+}
+
+/// The guided model as a sampler sees it.
+pub trait Denoiser {
+    /// The schedule that the model was trained with.
+    fn schedule(&self) -> &NoiseSchedule;
+    /// Writes the predicted noise eps (whatever the model's own target is) for `latents` = z_t, [C, H, W] row-major
+    /// in the variance-preserving scaling, at `timestep` (0..num_train_timesteps, fractions allowed).
+    fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()>;
+    /// Fills `out` with standard normal numbers belonging to `step`; the same for the same step.
+    fn noise(&mut self, step: usize, out: &mut [f32]);
+    /// Called after each step with the current latents; returns [`crate::Error::Cancelled`] if the caller has cancelled.
+    fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> Result<()>;
+}
+
+/// A sampler: turns noise into latents.
+pub trait Sampler: Send + Sync {
+    /// Its id, as users name it.
+    fn id(&self) -> &'static str;
+    /// `latents` [C, H, W] holds unit Gaussian noise on entry and the sample z_0 on return.
+    fn sample(&self, denoiser: &mut dyn Denoiser, latents: &mut [f32], steps: usize) -> Result<()>;
+}
