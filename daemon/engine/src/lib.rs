@@ -7,5 +7,6 @@ pub mod nn;
 pub mod ops;
 pub mod rng;
 pub mod sample;
+pub mod weights;
 
 pub use error::{Error, Result};
