@@ -2,16 +2,7 @@
 
 use crate::error::Result;
 
-/// The training noise schedule: z_t = sqrt(alphas_cumprod[t]) z_0 + sqrt(1 - alphas_cumprod[t]) eps.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NoiseSchedule {
-    /// Product of (1 - beta) up to and including t, for t in 0..num_train_timesteps.
-    pub alphas_cumprod: Vec<f32>,
-    /// Added to every inference timestep (`steps_offset` of the scheduler config).
-    pub steps_offset: usize,
-    /// Whether the step after the last one uses alpha_cumprod = 1 (`set_alpha_to_one`), else alphas_cumprod[0].
-    pub set_alpha_to_one: bool,
-}
+use super::NoiseSchedule;
 
 /// The guided model as a sampler sees it.
 pub trait Denoiser {
@@ -22,7 +13,8 @@ pub trait Denoiser {
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()>;
     /// Fills `out` with standard normal numbers belonging to `step`; the same for the same step.
     fn noise(&mut self, step: usize, out: &mut [f32]);
-    /// Called after each step with the current latents; returns [`crate::Error::Cancelled`] if the caller has cancelled.
+    /// Called after each step with the current latents; returns [`crate::Error::Cancelled`] if
+    /// the caller has cancelled.
     fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> Result<()>;
 }
 
