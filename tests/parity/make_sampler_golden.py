@@ -1,0 +1,96 @@
+"""Writes golden/samplers.json: the latents after every step of diffusers' schedulers on Gaussian data.
+
+The data are N(mean_i, deviation_i^2) in each of 8 coordinates, so the best noise prediction is known exactly:
+eps(z, t) = sigma_t (z - alpha_t mean) / (alpha_t^2 deviation^2 + sigma_t^2). daemon/engine/tests/samplers.rs runs the
+same denoiser with the same noise. Latents are given in the variance-preserving scaling.
+
+    python tests/parity/make_sampler_golden.py
+"""
+
+import json
+import pathlib
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_module
+
+torch.set_num_threads(1)
+STEPS, N = 20, 8
+STABLE_DIFFUSION = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+)
+MEAN = torch.tensor([-1.0 + 0.25 * i for i in range(N)])
+DEVIATION = torch.tensor([0.2 + 0.15 * i for i in range(N)])
+generator = torch.Generator().manual_seed(2024)
+START = torch.randn(N, generator=generator)
+NOISE = torch.randn(STEPS, N, generator=generator)
+
+
+def predict(scheduler, z, t):
+    alpha_cumprod = scheduler.alphas_cumprod[int(t)].double()
+    alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+    z = z.double()
+    return (sigma * (z - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2)).float()
+
+
+def ddim(eta, **config):
+    scheduler = DDIMScheduler(clip_sample=False, **{**STABLE_DIFFUSION, **config})
+    scheduler.set_timesteps(STEPS)
+    z, latents = START.clone(), []
+    for i, t in enumerate(scheduler.timesteps):
+        noise = NOISE[i] if eta > 0 else None
+        z = scheduler.step(predict(scheduler, z, t), t, z, eta=eta, variance_noise=noise).prev_sample
+        latents.append(z)
+    return latents
+
+
+def dpmpp_2m(steps=STEPS, **config):
+    scheduler = DPMSolverMultistepScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": "leading", **config})
+    scheduler.set_timesteps(steps)
+    z, latents = START.clone(), []
+    for t in scheduler.timesteps:
+        z = scheduler.step(predict(scheduler, z, t), t, z).prev_sample
+        latents.append(z)
+    return latents
+
+
+def euler_a(**config):
+    scheduler = EulerAncestralDiscreteScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": "leading", **config})
+    scheduler.set_timesteps(STEPS)
+    x, latents = START * (scheduler.sigmas[0] ** 2 + 1) ** 0.5, []
+    for i, t in enumerate(scheduler.timesteps):
+        euler_module.randn_tensor = lambda *_args, **_kwargs: NOISE[i]
+        z = scheduler.scale_model_input(x, t)
+        x = scheduler.step(predict(scheduler, z, t), t, x).prev_sample
+        latents.append(x / (scheduler.sigmas[i + 1] ** 2 + 1) ** 0.5)
+    return latents
+
+
+RUNS = {
+    "ddim": ddim(0.0, set_alpha_to_one=False),
+    "ddim alpha-to-one": ddim(0.0, set_alpha_to_one=True),
+    "ddim eta": ddim(1.0, set_alpha_to_one=False),
+    "dpmpp-2m": dpmpp_2m(),
+    "dpmpp-2m 9 steps": dpmpp_2m(9),
+    "dpmpp-2m linspace": dpmpp_2m(timestep_spacing="linspace"),
+    "dpmpp-2m trailing": dpmpp_2m(timestep_spacing="trailing"),
+    "dpmpp-2m-karras": dpmpp_2m(use_karras_sigmas=True),
+    "euler-a": euler_a(),
+    "euler-a trailing": euler_a(timestep_spacing="trailing"),
+}
+
+
+def rows(tensors):
+    return [[round(v, 6) for v in tensor.tolist()] for tensor in tensors]
+
+
+golden = {
+    "mean": [round(v, 6) for v in MEAN.tolist()],
+    "deviation": [round(v, 6) for v in DEVIATION.tolist()],
+    "start": START.tolist(),
+    "noise": rows(NOISE),
+    "runs": {name: rows(latents) for name, latents in RUNS.items()},
+}
+folder = pathlib.Path(__file__).resolve().parent.parent / "golden"
+folder.mkdir(exist_ok=True)
+(folder / "samplers.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n")
