@@ -39,7 +39,8 @@ impl Denoiser for Gaussian {
         let (alpha, sigma) = (alpha_cumprod.sqrt(), (1.0 - alpha_cumprod).sqrt());
         for (i, (z, eps)) in latents.iter().zip(eps).enumerate() {
             let (mean, deviation) = (self.golden.mean[i], self.golden.deviation[i]);
-            *eps = (sigma * (*z as f64 - alpha * mean) / (alpha * alpha * deviation * deviation + sigma * sigma)) as f32;
+            *eps =
+                (sigma * (*z as f64 - alpha * mean) / (alpha * alpha * deviation * deviation + sigma * sigma)) as f32;
         }
         Ok(())
     }
