@@ -6,7 +6,7 @@ pub mod image;
 pub mod merge;
 pub mod nn;
 pub mod ops;
-pub mod rng;
+pub use blocklora_spec::rng;
 pub mod sample;
 pub mod weights;
 

@@ -1,0 +1,149 @@
+//! The safetensors container, read without trusting it: 8 bytes of length, a JSON header, and tensors that fill the
+//! rest of the file without gap or overlap.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::dtype::Storage;
+use crate::error::{Error, Result};
+use crate::{json, limits};
+
+/// One tensor's place in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) dtype: Storage,
+    /// Rows and columns, both at least 1.
+    pub(crate) shape: [usize; 2],
+    /// Its bytes in the file.
+    pub(crate) bytes: Range<usize>,
+}
+
+/// A checked header: every range lies in the file, is aligned, and has the length that shape and type ask for.
+#[derive(Debug)]
+pub(crate) struct Header {
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+struct RawHeader {
+    #[serde(rename = "__metadata__", default)]
+    metadata: BTreeMap<String, String>,
+    #[serde(flatten)]
+    tensors: BTreeMap<String, RawEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawEntry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: [u64; 2],
+}
+
+/// Reads and checks the header of `file`, the whole content of `path`.
+pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
+    let truncated = |what: &str, needed: u64| Error::Truncated {
+        path: path.into(),
+        what: what.into(),
+        needed,
+        actual: file.len() as u64,
+    };
+    let Some((&length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(truncated("the header's length", 8));
+    };
+    let length = u64::from_le_bytes(length);
+    if length > limits::HEADER_BYTES_MAX {
+        return Err(Error::HeaderTooLarge { path: path.into(), claimed: length, limit: limits::HEADER_BYTES_MAX });
+    }
+    let Some((text, data)) = rest.split_at_checked(length as usize) else {
+        return Err(truncated("the header", 8 + length));
+    };
+    if !length.is_multiple_of(8) {
+        return Err(Error::HeaderMisaligned { path: path.into(), length });
+    }
+    let invalid = |reason: String| Error::Json { path: path.into(), part: "header", reason };
+    if text.first() != Some(&b'{') {
+        return Err(invalid("does not begin with '{': this is not a safetensors file".into()));
+    }
+    json::check(path, "header", text, limits::HEADER_DEPTH_MAX)?;
+    let raw: RawHeader = serde_json::from_slice(text).map_err(|e| invalid(e.to_string()))?;
+
+    let base = 8 + length as usize;
+    let mut tensors = BTreeMap::new();
+    for (name, entry) in raw.tensors {
+        let entry = check_entry(path, &name, entry, base, data.len() as u64)?;
+        tensors.insert(name, entry);
+    }
+    check_cover(path, &tensors, base, data.len())?;
+    Ok(Header { metadata: raw.metadata, tensors })
+}
+
+fn check_entry(path: &Path, name: &str, raw: RawEntry, base: usize, data_len: u64) -> Result<Entry> {
+    let [begin, end] = raw.data_offsets;
+    let offsets =
+        |reason: String| Error::Offsets { path: path.into(), tensor: name.into(), offsets: [begin, end], reason };
+    let shape = |reason: &str| Error::Shape {
+        path: path.into(),
+        tensor: name.into(),
+        shape: raw.shape.clone(),
+        reason: reason.into(),
+    };
+    let Some(dtype) = Storage::from_name(&raw.dtype) else {
+        return Err(Error::Dtype { path: path.into(), tensor: name.into(), dtype: raw.dtype });
+    };
+    let &[rows, columns] = raw.shape.as_slice() else {
+        return Err(shape("must have two dimensions"));
+    };
+    if rows == 0 || columns == 0 {
+        return Err(shape("has no elements; leave the tensor out"));
+    }
+    let needed = rows.checked_mul(columns).and_then(|n| n.checked_mul(dtype.size() as u64));
+    let needed = needed.ok_or_else(|| shape("its size overflows"))?;
+    if begin > end {
+        return Err(offsets("end before they begin".into()));
+    }
+    if end > data_len {
+        return Err(Error::Truncated {
+            path: path.into(),
+            what: format!("tensor {name:?}"),
+            needed: end.saturating_add(base as u64),
+            actual: data_len + base as u64,
+        });
+    }
+    if end - begin != needed {
+        return Err(offsets(format!("span {} bytes, shape and type need {needed}", end - begin)));
+    }
+    if !begin.is_multiple_of(dtype.size() as u64) {
+        return Err(offsets(format!("not aligned to the {} bytes of {}", dtype.size(), dtype.name())));
+    }
+    // All of them are at most the file's length, which a usize holds.
+    let shape = [rows as usize, columns as usize];
+    Ok(Entry { dtype, shape, bytes: base + begin as usize..base + end as usize })
+}
+
+/// Fails unless the tensors cover the data section exactly once.
+fn check_cover(path: &Path, tensors: &BTreeMap<String, Entry>, base: usize, data_len: usize) -> Result<()> {
+    let mut ordered: Vec<(&String, &Entry)> = tensors.iter().collect();
+    ordered.sort_by_key(|(_, entry)| (entry.bytes.start, entry.bytes.end));
+    let hole = |begin: usize, end: usize| Error::Hole {
+        path: path.into(),
+        begin: (begin - base) as u64,
+        end: (end - base) as u64,
+    };
+    let mut covered = base;
+    let mut last = "";
+    for (name, entry) in ordered {
+        if entry.bytes.start < covered {
+            return Err(Error::Overlap { path: path.into(), first: last.into(), second: name.clone() });
+        }
+        if entry.bytes.start > covered {
+            return Err(hole(covered, entry.bytes.start));
+        }
+        (covered, last) = (entry.bytes.end, name);
+    }
+    if covered == base + data_len { Ok(()) } else { Err(hole(covered, base + data_len)) }
+}
