@@ -8,6 +8,7 @@ pub mod nn;
 pub mod ops;
 pub use blocklora_spec::rng;
 pub mod sample;
+pub mod score;
 pub mod weights;
 
 pub use error::{Error, Result};
