@@ -3,38 +3,21 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::header::{self, Entry, Header};
 use crate::manifest::{Fault, Manifest, is_name, layer_name_fault};
+use crate::map::Content;
 use crate::{VERSION, json, limits};
 
 pub(crate) const KEY_SPEC: &str = "blocklora.spec";
 pub(crate) const KEY_MANIFEST: &str = "blocklora.manifest";
 pub(crate) const KEY_MANIFEST_DIGEST: &str = "blocklora.manifest_digest";
 const KEYS: [&str; 3] = [KEY_SPEC, KEY_MANIFEST, KEY_MANIFEST_DIGEST];
-
-/// The bytes of a file: mapped, or read by the caller.
-enum Content {
-    Map(Mmap),
-    Bytes(Vec<u8>),
-}
-
-impl Deref for Content {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Map(map) => map,
-            Self::Bytes(bytes) => bytes,
-        }
-    }
-}
 
 /// A concept's adapter: manifest, factors and tokens of a file that has been checked from end to end.
 #[derive(Clone)]
@@ -60,7 +43,7 @@ pub struct LayerFactors {
     /// The output rows that the adapter owns, ascending; all of 0..m without a partition. Never empty.
     pub rows: Vec<u32>,
     content: Arc<Content>,
-    entries: [Entry; 2],
+    pub(crate) entries: [Entry; 2],
 }
 
 impl LayerFactors {
@@ -117,11 +100,7 @@ impl Adapter {
         if bytes > limits::FILE_BYTES_MAX {
             return Err(Error::FileTooLarge { path: path.into(), bytes, limit: limits::FILE_BYTES_MAX });
         }
-        // SAFETY: a mapping is sound as long as nobody shortens the file under it. Adapters are written to a temporary
-        // file and renamed into place (`write_atomically`), never rewritten.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Self::read(path, Content::Map(map))
+        Self::read(path, Content::map(&file).map_err(io)?)
     }
 
     /// As [`open`](Self::open), on bytes that the caller has; `path` only names them in errors.
@@ -286,8 +265,8 @@ fn read_layers(path: &Path, content: &Arc<Content>, manifest: &Manifest, header:
             let reason = format!("lora_A is [rank, inputs], and the manifest's rank is {rank}");
             return Err(shape_error(path, &name_a, a, reason));
         }
-        if a.shape[1] > limits::OUTPUTS_MAX {
-            return Err(shape_error(path, &name_a, a, format!("more than {} inputs", limits::OUTPUTS_MAX)));
+        if a.shape[1] > limits::LAYER_WIDTH_MAX {
+            return Err(shape_error(path, &name_a, a, format!("more than {} inputs", limits::LAYER_WIDTH_MAX)));
         }
         if b.shape != [count, rank] {
             let owner = match manifest.partition {

@@ -132,7 +132,7 @@ pub fn write(
     tokens.iter().fold(builder, |b, token| b.token(token)).write(path)
 }
 
-/// A safetensors file: length, header padded with spaces to 8 bytes, data.
+/// A safetensors file: 8 bytes of length, header padded with spaces to 8 bytes, data.
 pub(crate) fn container(header: &serde_json::Value, data: &[u8]) -> Vec<u8> {
     let mut text = header.to_string().into_bytes();
     text.resize(text.len().next_multiple_of(8), b' ');

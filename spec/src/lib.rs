@@ -4,9 +4,11 @@ mod adapter;
 mod builder;
 mod dtype;
 mod error;
+pub mod export;
 mod header;
 mod json;
 mod manifest;
+mod map;
 mod partition;
 pub mod rng;
 
@@ -30,14 +32,14 @@ pub mod limits {
     pub const MANIFEST_DEPTH_MAX: usize = 32;
     /// Nesting of the header's JSON: header, tensor, shape.
     pub const HEADER_DEPTH_MAX: usize = 3;
-    /// Outputs m of a layer.
-    pub const OUTPUTS_MAX: usize = 1 << 20;
-    /// The sum of the distinct m of one file.
-    pub const DISTINCT_OUTPUTS_MAX: usize = 1 << 24;
+    /// Outputs m and inputs n of a layer.
+    pub const LAYER_WIDTH_MAX: usize = 1 << 16;
+    /// The sum of the distinct m of one file: each may cost a permutation.
+    pub const DISTINCT_OUTPUTS_SUM_MAX: usize = 1 << 20;
     /// Slots of a partition.
-    pub const CAPACITY_MAX: u32 = 1 << 20;
+    pub const CAPACITY_MAX: u32 = 1 << 16;
     /// The rank r.
-    pub const RANK_MAX: usize = 4096;
+    pub const RANK_MAX: usize = 1024;
     /// Tokens of a concept.
     pub const TOKENS_MAX: usize = 16;
     /// Vectors of a token.

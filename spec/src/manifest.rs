@@ -244,13 +244,13 @@ impl Manifest {
             if let Some(reason) = layer_name_fault(name) {
                 return ensure(false, format!("outputs[{name:?}]"), reason);
             }
-            let ok = (1..=limits::OUTPUTS_MAX).contains(&m);
-            ensure(ok, format!("outputs[{name:?}]"), format!("{m} is not in 1..={}", limits::OUTPUTS_MAX))?;
+            let ok = (1..=limits::LAYER_WIDTH_MAX).contains(&m);
+            ensure(ok, format!("outputs[{name:?}]"), format!("{m} is not in 1..={}", limits::LAYER_WIDTH_MAX))?;
         }
         // Permutations are made once per distinct m: bound what they can cost.
         let distinct: usize = self.outputs.values().collect::<BTreeSet<_>>().into_iter().sum();
-        let reason = format!("the distinct values add up to {distinct}, at most {}", limits::DISTINCT_OUTPUTS_MAX);
-        ensure(distinct <= limits::DISTINCT_OUTPUTS_MAX, "outputs", reason)
+        let reason = format!("the distinct values add up to {distinct}, at most {}", limits::DISTINCT_OUTPUTS_SUM_MAX);
+        ensure(distinct <= limits::DISTINCT_OUTPUTS_SUM_MAX, "outputs", reason)
     }
 }
 

@@ -101,5 +101,7 @@ mod tests {
         assert!(rows(Scheme::Contiguous, 3, 3, 8).is_empty());
         // Philox and the shuffle are part of the format: these values never change.
         assert_eq!(rows(Scheme::Permuted, 4, 0, 16), [3, 8, 12, 14]);
+        let partition = Partition { scheme: Scheme::Permuted, capacity: 3, seed: (1 << 63) + 5, slot: 1 };
+        assert_eq!(partition.rows(10), [4, 6, 8]);
     }
 }

@@ -43,7 +43,10 @@ fn crates_depend_in_one_direction() {
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
             let Some(table) = manifest.get(section).and_then(|s| s.as_table()) else { continue };
             for dependency in table.keys().filter(|d| d.starts_with("blocklora")) {
-                assert!(allowed.contains(&dependency.as_str()), "{folder}/Cargo.toml: {name} must not use {dependency}");
+                assert!(
+                    allowed.contains(&dependency.as_str()),
+                    "{folder}/Cargo.toml: {name} must not use {dependency}"
+                );
             }
         }
     }
