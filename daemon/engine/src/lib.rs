@@ -4,11 +4,13 @@
 mod error;
 pub mod image;
 pub mod merge;
+pub mod model;
 pub mod nn;
 pub mod ops;
 pub use blocklora_spec::rng;
 pub mod sample;
 pub mod score;
+pub mod text;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -3,6 +3,7 @@
 pub mod config;
 mod folder;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -63,7 +64,7 @@ impl Model {
         let scheduler = SchedulerConfig::open(&dir.join("scheduler").join("scheduler_config.json"))?;
         let tokenizer = Tokenizer::open(&dir.join("tokenizer"), &text_config)?;
 
-        let mut layers = Vec::new();
+        let layers = RefCell::default();
         let mut files = Vec::new();
         let mut open = |component| -> Result<Arc<WeightFile>> {
             let file = folder::open_weights(dir, component)?;
@@ -74,16 +75,17 @@ impl Model {
         let unet_file = open(Component::UNet)?;
         let vae_file = open(Component::Vae)?;
 
-        let loader = Loader::new(unet_file, "unet", device, precision, &mut layers);
+        let loader = Loader::new(unet_file, "unet", device, precision, &layers);
         let unet = UNet::load(&loader.root(), &unet_config)?;
         loader.finish(&[])?;
-        let loader = Loader::new(text_file, "text_encoder", device, precision, &mut layers);
+        let loader = Loader::new(text_file, "text_encoder", device, precision, &layers);
         let text_encoder = ClipTextEncoder::load(&loader.root(), &text_config)?;
         loader.finish(&["text_model.embeddings.position_ids"])?;
-        let loader = Loader::new(vae_file, "vae", device, precision, &mut layers);
+        let loader = Loader::new(vae_file, "vae", device, precision, &layers);
         let vae = Vae::load(&loader.root(), &vae_config)?;
         loader.finish(&[])?;
 
+        let layers: Vec<AdaptableLayer> = layers.into_inner();
         let infos = layers.iter().map(|layer| layer.info.clone()).collect();
         Ok(Self {
             dir: dir.to_owned(),

@@ -30,7 +30,7 @@ pub struct Loader<'a> {
     device: &'a Device,
     precision: DType,
     taken: RefCell<BTreeSet<String>>,
-    layers: RefCell<&'a mut Vec<AdaptableLayer>>,
+    layers: &'a RefCell<Vec<AdaptableLayer>>,
 }
 
 impl<'a> Loader<'a> {
@@ -40,9 +40,9 @@ impl<'a> Loader<'a> {
         component: &'static str,
         device: &'a Device,
         precision: DType,
-        layers: &'a mut Vec<AdaptableLayer>,
+        layers: &'a RefCell<Vec<AdaptableLayer>>,
     ) -> Self {
-        Self { file, component, device, precision, taken: RefCell::default(), layers: RefCell::new(layers) }
+        Self { file, component, device, precision, taken: RefCell::default(), layers }
     }
 
     /// The file's root.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Fields;
 use crate::error::Result;
-use crate::sample::NoiseSchedule;
+use crate::sample::{NoiseSchedule, TimestepSpacing};
 
 /// What the UNet predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +70,12 @@ impl SchedulerConfig {
         };
         fields.only("rescale_betas_zero_snr", false)?;
         fields.only("thresholding", false)?;
-        match fields.or("timestep_spacing", "leading".to_owned())?.as_str() {
-            "leading" | "linspace" => {}
-            other => return Err(fields.unsupported("timestep_spacing", other, "leading is")),
-        }
+        let spacing = match fields.or("timestep_spacing", "leading".to_owned())?.as_str() {
+            "leading" => TimestepSpacing::Leading,
+            "linspace" => TimestepSpacing::Linspace,
+            "trailing" => TimestepSpacing::Trailing,
+            other => return Err(fields.unsupported("timestep_spacing", other, "leading, linspace and trailing are")),
+        };
         // These two clip the predicted picture to -1..1 unless told otherwise; no latent model is trained for that.
         let clips_by_default = matches!(class.as_str(), "DDIMScheduler" | "DDPMScheduler");
         if fields.or("clip_sample", clips_by_default)? {
@@ -85,6 +87,6 @@ impl SchedulerConfig {
         if steps_offset >= timesteps {
             return Err(fields.invalid("steps_offset", format!("{steps_offset} is not below {timesteps}")));
         }
-        Ok(Self { schedule: NoiseSchedule { alphas_cumprod, steps_offset, set_alpha_to_one }, prediction })
+        Ok(Self { schedule: NoiseSchedule { alphas_cumprod, steps_offset, set_alpha_to_one, spacing }, prediction })
     }
 }
