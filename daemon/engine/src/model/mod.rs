@@ -148,8 +148,7 @@ impl Model {
         let config = self.unet.config();
         let downscale = self.vae.downscale();
         let of_picture = |(h, w)| (h / downscale, w / downscale);
-        let (height, width) =
-            config.sample_size.or(self.vae.config().sample_size.map(of_picture)).unwrap_or((64, 64));
+        let (height, width) = config.sample_size.or(self.vae.config().sample_size.map(of_picture)).unwrap_or((64, 64));
         (config.in_channels, height, width)
     }
 

@@ -58,8 +58,9 @@ impl<'a> Loader<'a> {
             Some(name) => Err(Error::InvalidTensor {
                 path: self.file.path().to_owned(),
                 tensor: name.to_owned(),
-                reason: "no part of the model that its config describes uses it; do weights and config belong together?"
-                    .into(),
+                reason:
+                    "no part of the model that its config describes uses it; do weights and config belong together?"
+                        .into(),
             }),
         }
     }

@@ -151,7 +151,12 @@ impl Transformer2DModel {
             transformer_blocks.push(BasicTransformerBlock::load(&scope, width, settings, *cross_attentions)?);
             *cross_attentions += 1;
         }
-        Ok(Self { norm, proj_in, transformer_blocks, proj_out: Projection::load(&scope.at("proj_out"), width, linear)? })
+        Ok(Self {
+            norm,
+            proj_in,
+            transformer_blocks,
+            proj_out: Projection::load(&scope.at("proj_out"), width, linear)?,
+        })
     }
 
     /// `x` [B, C, H, W] -> the same shape.

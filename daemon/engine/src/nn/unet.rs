@@ -181,7 +181,8 @@ impl UNet {
         self.check_batch("conditioning", context.batch()?, batch)?;
         if let Conditioning::LayerWise(encodings) = context {
             if encodings.len() != self.cross_attentions {
-                let reason = format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
+                let reason =
+                    format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
                 return Err(Error::option("layer-wise conditioning", encodings.len(), reason));
             }
         }
@@ -235,8 +236,7 @@ impl UNet {
         let mut sinusoids = Vec::with_capacity(timesteps.len() * width);
         for &t in timesteps {
             // In f32 like diffusers: at t near 1000 the rounding of the product shows in the sixth digit.
-            let angle =
-                |i: usize| t * ((-(10_000f32.ln()) * i as f32) / (half as f64 - shift) as f32).exp();
+            let angle = |i: usize| t * ((-(10_000f32.ln()) * i as f32) / (half as f64 - shift) as f32).exp();
             let sin = (0..half).map(|i| angle(i).sin());
             let cos = (0..half).map(|i| angle(i).cos());
             if self.config.flip_sin_to_cos {

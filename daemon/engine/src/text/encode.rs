@@ -103,9 +103,8 @@ pub fn encode_with(
         }
     }
     let layers = model.cross_attention_layers();
-    let is_layer_wise = |prompt: &&TokenisedPrompt| {
-        layers > 1 && prompt.slots.iter().any(|slot| vectors[slot.vector].dims()[0] > 1)
-    };
+    let is_layer_wise =
+        |prompt: &&TokenisedPrompt| layers > 1 && prompt.slots.iter().any(|slot| vectors[slot.vector].dims()[0] > 1);
     let (layered, plain): (Vec<_>, Vec<_>) = prompts.iter().partition(is_layer_wise);
     let encode = |prompts: &[&TokenisedPrompt], layers| -> Result<Tensor> {
         Ok(model.text_encoder().forward(&embed(model, prompts, vectors, layers)?, with)?)

@@ -53,7 +53,8 @@ impl Prompt {
         let (mut plain, mut rest) = (String::new(), text);
         while let Some(open) = rest.find('<') {
             let after = &rest[open + 1..];
-            let name = after.find(['<', '>', '|']).filter(|&end| after[end..].starts_with('>')).map(|end| &after[..end]);
+            let name =
+                after.find(['<', '>', '|']).filter(|&end| after[end..].starts_with('>')).map(|end| &after[..end]);
             match name.filter(|name| !name.is_empty() && name.trim() == *name) {
                 Some(name) => {
                     plain.push_str(&rest[..open]);

@@ -17,8 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::config::{TextEncoderConfig, read_json};
 
 /// What CLIP takes for a word: a special token, an English contraction, letters, one digit, or other signs.
-const WORDS: &str =
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// Splits text into the tokens of a model's vocabulary.
 #[derive(Clone, Debug)]
@@ -113,8 +112,7 @@ struct Specials {
 impl Specials {
     fn open(dir: &Path) -> Result<Self> {
         const END: &str = "<|endoftext|>";
-        let defaults =
-            [("bos_token", "<|startoftext|>"), ("eos_token", END), ("unk_token", END), ("pad_token", END)];
+        let defaults = [("bos_token", "<|startoftext|>"), ("eos_token", END), ("unk_token", END), ("pad_token", END)];
         let mut fields = BTreeMap::<String, Value>::new();
         let config = dir.join("tokenizer_config.json");
         if config.is_file() {
@@ -174,8 +172,8 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::new(model);
         let spaces = Replace::new(ReplacePattern::Regex(r"\s+".into()), " ").map_err(failed)?;
         inner.with_normalizer(Some(normalizers::Sequence::new(vec![NFC.into(), spaces.into(), Lowercase.into()])));
-        let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true)
-            .map_err(failed)?;
+        let words =
+            Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true).map_err(failed)?;
         inner.with_pre_tokenizer(Some(Sequence::new(vec![words.into(), ByteLevel::new(false, true, true).into()])));
         let special = |token: &String| AddedToken::from(token.clone(), true).normalized(false);
         inner.add_special_tokens(&specials.values().map(special).collect::<Vec<_>>());

@@ -37,11 +37,6 @@ impl Fields {
         Ok(Self { path: path.to_owned(), fields })
     }
 
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// An [`Error::Unsupported`] about `field`.
     pub fn unsupported(&self, field: &str, value: impl ToString, supported: &str) -> Error {
         Error::Unsupported {
@@ -87,12 +82,6 @@ impl Fields {
     /// Takes a size that has a default, in 1..=2^24.
     pub fn size_or(&mut self, field: &str, default: usize) -> Result<usize> {
         let value = self.or(field, default)?;
-        self.check_size(field, value)
-    }
-
-    /// Takes a size that must be there, in 1..=2^24.
-    pub fn size(&mut self, field: &str) -> Result<usize> {
-        let value = self.take(field)?.ok_or_else(|| self.invalid(field, "missing"))?;
         self.check_size(field, value)
     }
 
