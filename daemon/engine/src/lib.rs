@@ -2,6 +2,7 @@
 //! reversibly, and which trains adapters' factors. It knows neither IPC nor plugins.
 
 mod error;
+pub mod generate;
 pub mod image;
 pub mod merge;
 pub mod model;

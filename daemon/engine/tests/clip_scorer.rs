@@ -80,6 +80,12 @@ fn text_features_equal_transformers() {
     let prompts: Vec<&str> = golden.prompts.iter().map(|p| p.prompt.as_str()).collect();
     let expected: Vec<&Vec<f32>> = golden.prompts.iter().map(|p| &p.features).collect();
     close(&ClipScorer::load(&folder()).unwrap().text_features(&prompts).unwrap(), &expected);
+
+    let old = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt"] {
+        std::fs::copy(folder().join(name), old.path().join(name)).unwrap();
+    }
+    close(&ClipScorer::load(old.path()).unwrap().text_features(&prompts).unwrap(), &expected);
 }
 
 #[test]
@@ -123,7 +129,7 @@ fn broken_folders_are_errors_that_name_file_and_field() {
     check("config.json", "\"patch_size\": 4", "\"patch_size\": 6", "patch_embedding");
     check("config.json", "\"num_attention_heads\": 4", "\"num_attention_heads\": 0", "text_config: 2 layers of 0");
     check("config.json", "\"vocab_size\": 62", "\"vocab_size\": 63", "token_embedding");
-    check("config.json", "quick_gelu", "relu", "text_config: unknown variant `relu`");
+    check("config.json", "quick_gelu", "relu", "text_config.hidden_act = relu");
     check("preprocessor_config.json", "\"resample\": 3", "\"resample\": 0", "resample = 0");
     check("preprocessor_config.json", "\"shortest_edge\": 12", "\"shortest_edge\": 11", "preprocessor_config.json");
     check("preprocessor_config.json", "0.27", "0.0", "image_std");

@@ -1,6 +1,7 @@
 //! The scores themselves, on features of length 1.
 
 use crate::error::{Error, Result};
+use crate::text::Prompt;
 
 /// A CLIP feature of length 1.
 pub type Feature = Vec<f32>;
@@ -31,19 +32,12 @@ pub fn text_alignment(prompts: &[Feature], generated: &[Feature]) -> Result<f32>
 /// The text that a picture made from `prompt` is scored against: `prefix`, then the prompt with every concept `<name>`
 /// replaced by the word that `class_word` gives for it. A name without one is an error.
 pub fn prior_text<'a>(prompt: &str, prefix: &str, class_word: impl Fn(&str) -> Option<&'a str>) -> Result<String> {
-    let mut text = prefix.to_owned();
-    let mut rest = prompt;
-    while let Some((before, after)) = rest.split_once('<') {
-        text.push_str(before);
-        let (name, after) = after.split_once('>').unwrap_or((after, ""));
-        let word = class_word(name).ok_or_else(|| Error::Prompt {
-            prompt: prompt.to_owned(),
-            reason: format!("no class word is known for <{name}>"),
-        })?;
-        text.push_str(word);
-        rest = after;
+    let parsed = Prompt::parse(prompt);
+    if let Some(name) = parsed.concepts().find(|name| class_word(name).is_none()) {
+        let reason = format!("no class word is known for <{name}>");
+        return Err(Error::Prompt { prompt: prompt.to_owned(), reason });
     }
-    Ok(text + rest)
+    Ok(prefix.to_owned() + &parsed.with_words(|name| class_word(name).unwrap_or(name)))
 }
 
 /// Tells identities apart: a picture belongs to the class whose mean feature is nearest by cosine.

@@ -9,51 +9,43 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::model::config::{Activation, TextEncoderConfig};
+use crate::nn::LayerNorm;
 use crate::ops;
 use crate::weights::WeightFile;
 
 /// What both transformers' configs say.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 struct EncoderConfig {
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
     num_attention_heads: usize,
     #[serde(default = "quick_gelu")]
-    hidden_act: Activation,
+    hidden_act: String,
     #[serde(default = "epsilon")]
     layer_norm_eps: f64,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Activation {
-    QuickGelu,
-    Gelu,
-}
-
-fn quick_gelu() -> Activation {
-    Activation::QuickGelu
+fn quick_gelu() -> String {
+    "quick_gelu".into()
 }
 fn epsilon() -> f64 {
     1e-5
 }
 
 /// `text_config`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct TextConfig {
+#[derive(Deserialize)]
+struct TextConfig {
     #[serde(flatten)]
     encoder: EncoderConfig,
-    /// Number of tokens.
-    pub vocab_size: usize,
-    /// Longest prompt, with the tokens that begin and end it.
-    pub max_position_embeddings: usize,
-    /// The token that ends a prompt; whatever it is called, the prompt's feature is read there.
-    #[serde(default)]
-    pub eos_token_id: Option<u32>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    eos_token_id: Option<u32>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+/// `vision_config`.
+#[derive(Deserialize)]
 struct VisionConfig {
     #[serde(flatten)]
     encoder: EncoderConfig,
@@ -69,13 +61,15 @@ fn three() -> usize {
 
 /// Both transformers, in f32.
 pub struct Clip {
-    text_config: TextConfig,
+    text_config: TextEncoderConfig,
+    eos_token_id: Option<u32>,
     token_embedding: Tensor,
     text_positions: Tensor,
     text_encoder: Encoder,
     final_layer_norm: LayerNorm,
     text_projection: Tensor,
-    vision_config: VisionConfig,
+    image_size: usize,
+    patch_size: usize,
     patch_embedding: Tensor,
     class_embedding: Tensor,
     vision_positions: Tensor,
@@ -89,60 +83,72 @@ impl Clip {
     /// Loads `config.json` and `model.safetensors` of `folder`; also gives the weight file's digest.
     pub fn load(folder: &Path, device: &Device) -> Result<(Self, String)> {
         let path = folder.join("config.json");
-        let text_config: TextConfig = part(&path, "text_config")?;
-        let vision_config: VisionConfig = part(&path, "vision_config")?;
-        text_config.encoder.check(&path, "text_config")?;
-        vision_config.encoder.check(&path, "vision_config")?;
-        let VisionConfig { image_size, patch_size, num_channels, .. } = vision_config;
+        let text: TextConfig = part(&path, "text_config")?;
+        let vision: VisionConfig = part(&path, "vision_config")?;
+        let text_activation = text.encoder.check(&path, "text_config")?;
+        let vision_activation = vision.encoder.check(&path, "vision_config")?;
+        let VisionConfig { image_size, patch_size, num_channels, .. } = vision;
         if num_channels != 3 || patch_size == 0 || image_size % patch_size != 0 || image_size > 4096 {
             let reason = format!(
                 "vision_config: {patch_size}-pixel patches of {num_channels} channels do not tile {image_size} pixels"
             );
             return Err(Error::invalid_file(&path, reason));
         }
+        let text_config = TextEncoderConfig {
+            vocab_size: text.vocab_size,
+            hidden_size: text.encoder.hidden_size,
+            intermediate_size: text.encoder.intermediate_size,
+            num_hidden_layers: text.encoder.num_hidden_layers,
+            num_attention_heads: text.encoder.num_attention_heads,
+            max_position_embeddings: text.max_position_embeddings,
+            hidden_act: text_activation,
+            layer_norm_eps: text.encoder.layer_norm_eps,
+        };
         let file = WeightFile::open(folder.join("model.safetensors"))?;
         let root = Weights { file: &file, device, prefix: String::new() };
-        let (text, vision) = (root.at("text_model"), root.at("vision_model"));
-        let (text_width, vision_width) = (text_config.encoder.hidden_size, vision_config.encoder.hidden_size);
+        let (text_model, vision_model) = (root.at("text_model"), root.at("vision_model"));
+        let (text_width, vision_width) = (text.encoder.hidden_size, vision.encoder.hidden_size);
         let projection = file.view("text_projection.weight")?.shape().first().copied().unwrap_or(0);
         let patches = (image_size / patch_size).pow(2);
-        let embeddings = vision.at("embeddings");
+        let words = text_model.at("embeddings");
+        let pixels = vision_model.at("embeddings");
         let clip = Self {
-            token_embedding: text.tensor("embeddings.token_embedding.weight", &[text_config.vocab_size, text_width])?,
-            text_positions: text
-                .tensor("embeddings.position_embedding.weight", &[text_config.max_position_embeddings, text_width])?,
-            text_encoder: Encoder::load(&text, &text_config.encoder, true)?,
-            final_layer_norm: text.layer_norm("final_layer_norm", &text_config.encoder)?,
+            token_embedding: words.tensor("token_embedding.weight", &[text.vocab_size, text_width])?,
+            text_positions: words.tensor("position_embedding.weight", &[text.max_position_embeddings, text_width])?,
+            text_encoder: Encoder::load(&text_model, &text.encoder, text_activation, true)?,
+            final_layer_norm: text_model.layer_norm("final_layer_norm", &text.encoder)?,
             text_projection: root.tensor("text_projection.weight", &[projection, text_width])?,
-            patch_embedding: embeddings
+            patch_embedding: pixels
                 .tensor("patch_embedding.weight", &[vision_width, 3, patch_size, patch_size])?
                 .reshape((vision_width, 3 * patch_size * patch_size))?,
-            class_embedding: embeddings.tensor("class_embedding", &[vision_width])?,
-            vision_positions: embeddings.tensor("position_embedding.weight", &[patches + 1, vision_width])?,
-            pre_layer_norm: vision.layer_norm("pre_layrnorm", &vision_config.encoder)?, // sic, in every CLIP file
-            vision_encoder: Encoder::load(&vision, &vision_config.encoder, false)?,
-            post_layer_norm: vision.layer_norm("post_layernorm", &vision_config.encoder)?,
+            class_embedding: pixels.tensor("class_embedding", &[vision_width])?,
+            vision_positions: pixels.tensor("position_embedding.weight", &[patches + 1, vision_width])?,
+            pre_layer_norm: vision_model.layer_norm("pre_layrnorm", &vision.encoder)?, // sic, in every CLIP file
+            vision_encoder: Encoder::load(&vision_model, &vision.encoder, vision_activation, false)?,
+            post_layer_norm: vision_model.layer_norm("post_layernorm", &vision.encoder)?,
             visual_projection: root.tensor("visual_projection.weight", &[projection, vision_width])?,
             text_config,
-            vision_config,
+            eos_token_id: text.eos_token_id,
+            image_size,
+            patch_size,
         };
         Ok((clip, file.digest()))
     }
 
-    /// Its `text_config`.
-    pub fn text_config(&self) -> &TextConfig {
+    /// Its text encoder's settings.
+    pub fn text_config(&self) -> &TextEncoderConfig {
         &self.text_config
     }
 
     /// The side of the pictures that it takes, in pixels.
     pub fn image_size(&self) -> usize {
-        self.vision_config.image_size
+        self.image_size
     }
 
     /// `pixels` [N, 3, H, W], normalised -> features [N, d], not normalised.
     pub fn image_features(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (n, p) = (pixels.dim(0)?, self.vision_config.patch_size);
-        let grid = self.vision_config.image_size / p;
+        let (n, p) = (pixels.dim(0)?, self.patch_size);
+        let grid = self.image_size / p;
         // A convolution whose stride is its kernel is a Linear on each patch.
         let patches = pixels.reshape((n, 3, grid, p, grid, p))?.permute((0, 2, 4, 1, 3, 5))?.contiguous()?;
         let patches = ops::linear(&patches.reshape((n, grid * grid, 3 * p * p))?, &self.patch_embedding, None)?;
@@ -173,7 +179,7 @@ impl Clip {
     /// Where the prompt ends: at its first end token. Configs older than transformers 4.31 say 2, which is wrong;
     /// their end token is the highest of all.
     fn end_of(&self, ids: &[u32]) -> usize {
-        let end = match self.text_config.eos_token_id {
+        let end = match self.eos_token_id {
             None | Some(2) => ids.iter().copied().max().unwrap_or(0),
             Some(end) => end,
         };
@@ -192,13 +198,22 @@ fn part<T: DeserializeOwned>(path: &Path, field: &str) -> Result<T> {
 }
 
 impl EncoderConfig {
-    fn check(&self, path: &Path, part: &str) -> Result<()> {
+    fn check(&self, path: &Path, part: &str) -> Result<Activation> {
         let Self { hidden_size, num_attention_heads: heads, num_hidden_layers: layers, .. } = self;
         if *heads == 0 || hidden_size % heads != 0 || *layers > 1000 {
             let reason = format!("{part}: {layers} layers of {heads} attention heads on {hidden_size} channels");
             return Err(Error::invalid_file(path, reason));
         }
-        Ok(())
+        match self.hidden_act.as_str() {
+            "quick_gelu" => Ok(Activation::QuickGelu),
+            "gelu" => Ok(Activation::Gelu),
+            other => Err(Error::Unsupported {
+                path: path.to_owned(),
+                field: format!("{part}.hidden_act"),
+                value: other.to_owned(),
+                supported: "quick_gelu and gelu are".into(),
+            }),
+        }
     }
 }
 
@@ -243,18 +258,6 @@ impl Linear {
     }
 }
 
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
-
-impl LayerNorm {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
-    }
-}
-
 /// `CLIPEncoder`: layers of self-attention and an MLP, each after a layer norm and around a skip.
 struct Encoder {
     layers: Vec<EncoderLayer>,
@@ -275,7 +278,7 @@ struct EncoderLayer {
 }
 
 impl Encoder {
-    fn load(weights: &Weights, config: &EncoderConfig, causal: bool) -> Result<Self> {
+    fn load(weights: &Weights, config: &EncoderConfig, activation: Activation, causal: bool) -> Result<Self> {
         let (width, mlp) = (config.hidden_size, config.intermediate_size);
         let layer = |i: usize| {
             let layer = weights.at("encoder.layers").at(i);
@@ -292,7 +295,7 @@ impl Encoder {
             })
         };
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self { layers, heads: config.num_attention_heads, activation: config.hidden_act, causal })
+        Ok(Self { layers, heads: config.num_attention_heads, activation, causal })
     }
 
     /// `x` [N, T, width] -> the same shape.

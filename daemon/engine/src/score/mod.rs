@@ -4,7 +4,6 @@
 mod alignment;
 mod clip;
 mod preprocess;
-mod tokens;
 
 use std::path::Path;
 
@@ -14,9 +13,9 @@ pub use alignment::{Feature, IdentityClassifier, PAPER_PREFIX, cosine, image_ali
 
 use crate::error::{Error, Result};
 use crate::image::Picture;
+use crate::text::Tokenizer;
 use clip::Clip;
 use preprocess::Preprocessor;
-use tokens::Tokens;
 
 /// Pictures or prompts that go through the model together.
 const BATCH: usize = 32;
@@ -25,7 +24,7 @@ const BATCH: usize = 32;
 pub struct ClipScorer {
     clip: Clip,
     preprocessor: Preprocessor,
-    tokens: Tokens,
+    tokenizer: Tokenizer,
     digest: String,
 }
 
@@ -36,8 +35,8 @@ impl ClipScorer {
     pub fn load(folder: &Path) -> Result<Self> {
         let (clip, digest) = Clip::load(folder, &Device::Cpu)?;
         let preprocessor = Preprocessor::open(&folder.join("preprocessor_config.json"), clip.image_size())?;
-        let tokens = Tokens::open(folder, clip.text_config())?;
-        Ok(Self { clip, preprocessor, tokens, digest })
+        let tokenizer = Tokenizer::open(folder, clip.text_config())?;
+        Ok(Self { clip, preprocessor, tokenizer, digest })
     }
 
     /// SHA-256 of its weight file, in hex.
@@ -65,10 +64,18 @@ impl ClipScorer {
     pub fn text_features<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Vec<Feature>> {
         let mut features = Vec::with_capacity(prompts.len());
         for batch in prompts.chunks(BATCH) {
-            let ids = batch.iter().map(|prompt| self.tokens.encode(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
+            let ids = batch.iter().map(|prompt| self.token_ids(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
             features.extend(normalised(&self.clip.text_features(&ids)?)?);
         }
         Ok(features)
+    }
+
+    fn token_ids(&self, prompt: &str) -> Result<Vec<u32>> {
+        let mut ids = vec![self.tokenizer.begin()];
+        ids.extend(self.tokenizer.ids(prompt)?);
+        ids.truncate(self.tokenizer.length() - 1);
+        ids.push(self.tokenizer.end());
+        Ok(ids)
     }
 }
 
