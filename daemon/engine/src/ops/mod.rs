@@ -4,9 +4,25 @@
 //! weight. Every operation has a plain counterpart in [`reference`], which its tests compare it with and which
 //! devices without an own kernel run.
 
+mod attention;
+mod conv2d;
+mod cpu;
+mod elementwise;
+mod geglu;
+mod linear;
+mod linear_lora;
+mod norm;
 pub mod reference;
+mod simd;
+mod unfold;
+mod upsample;
 
-pub use reference::{
-    LoraBranch, attention, conv2d, geglu, gelu, group_norm, layer_norm, linear, linear_lora, quick_gelu, silu,
-    upsample_nearest2x,
-};
+pub use attention::attention;
+pub use conv2d::conv2d;
+pub use elementwise::{gelu, quick_gelu, silu};
+pub use geglu::geglu;
+pub use linear::linear;
+pub use linear_lora::linear_lora;
+pub use norm::{group_norm, layer_norm};
+pub use reference::LoraBranch;
+pub use upsample::upsample_nearest2x;

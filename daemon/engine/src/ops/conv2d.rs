@@ -1,0 +1,190 @@
+//! Convolution as a matrix product over unfolded images, and its input's gradient.
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+
+use super::cpu::{
+    Matrix, MatrixMut, Shared, Threads, Values, applies, filled, matmul, parallel, scratch, small_weight, values,
+    with_weight,
+};
+use super::reference;
+use super::unfold::{Geometry, fold, unfold};
+
+/// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` [O] -> [B, O, H', W'].
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    if !applies(x) {
+        return reference::conv2d(x, weight, bias, stride, padding);
+    }
+    let (batch, channels, height, width) = x.dims4()?;
+    let (outputs, weight_channels, kernel, kernel_width) = weight.dims4()?;
+    if weight_channels != channels || kernel != kernel_width || kernel == 0 {
+        bail!("conv2d: the weight {:?} does not fit the input {:?}", weight.dims(), x.dims());
+    }
+    if stride == 0 || height + 2 * padding < kernel || width + 2 * padding < kernel {
+        bail!("conv2d: kernel {kernel}, stride {stride} and padding {padding} do not fit the input {:?}", x.dims());
+    }
+    let bias = match bias {
+        Some(bias) if bias.dims() != [outputs] => {
+            bail!("conv2d: the bias {:?} does not fit the weight {:?}", bias.dims(), weight.dims())
+        }
+        Some(bias) => small_weight(&bias.contiguous()?)?,
+        None => vec![0.0; outputs],
+    };
+    let geometry = Geometry::new(height, width, kernel, stride, padding);
+    let op = Conv2d { weight: weight.contiguous()?, bias, batch, channels, outputs, geometry };
+    x.contiguous()?.apply_op1(op)
+}
+
+struct Conv2d {
+    weight: Tensor,
+    bias: Vec<f32>,
+    batch: usize,
+    channels: usize,
+    outputs: usize,
+    geometry: Geometry,
+}
+
+/// Elements of an unfolded tile: what the second-level cache holds.
+const TILE: usize = 1 << 19;
+
+impl Conv2d {
+    /// Whether an image is its own unfolding.
+    fn is_pointwise(&self) -> bool {
+        self.geometry.kernel == 1 && self.geometry.stride == 1 && self.geometry.padding == 0
+    }
+
+    /// Multiplications of the whole operation.
+    fn work(&self) -> usize {
+        self.batch * self.outputs * self.channels * self.geometry.taps() * self.geometry.positions()
+    }
+
+    /// y = W unfold(x) + bias for a tile of one image's positions at a time.
+    fn by_positions(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
+        let (g, outputs) = (&self.geometry, self.outputs);
+        let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
+        let columns = (TILE / depth.max(1)).clamp(64, 512);
+        let tiles = positions.div_ceil(columns);
+        let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
+        parallel(self.batch * tiles, self.work(), |task| {
+            let (image, tile) = (task / tiles, task % tiles);
+            let (start, end) = (tile * columns, positions.min((tile + 1) * columns));
+            let x = &x[image * self.channels * pixels..(image + 1) * self.channels * pixels];
+            let first = image * outputs * positions + start;
+            for (output, &bias) in self.bias.iter().enumerate() {
+                let row = first + output * positions;
+                // SAFETY: each task has its own positions.
+                #[allow(unsafe_code)]
+                unsafe { y.slice(row..row + end - start) }.fill(bias);
+            }
+            // SAFETY: each task has its own positions.
+            #[allow(unsafe_code)]
+            let y = unsafe { y.matrix(first, outputs, end - start, positions) };
+            if self.is_pointwise() {
+                let x = Matrix::strided(&x[start..], depth, end - start, positions);
+                return matmul(y, true, weight, x, 1.0, Threads::One);
+            }
+            scratch(depth * (end - start), |unfolded| {
+                for (x, rows) in x.chunks_exact(pixels).zip(unfolded.chunks_exact_mut(g.taps() * (end - start))) {
+                    unfold(g, x, start..end, rows, end - start);
+                }
+                matmul(y, true, weight, Matrix::new(unfolded, depth, end - start), 1.0, Threads::One);
+            });
+        });
+    }
+
+    /// The same for small images, several in a tile.
+    fn by_images(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
+        let (g, outputs) = (&self.geometry, self.outputs);
+        let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
+        let images = (256 / positions).clamp(1, self.batch);
+        let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
+        parallel(self.batch.div_ceil(images), self.work(), |tile| {
+            let (start, end) = (tile * images, self.batch.min((tile + 1) * images));
+            let columns = (end - start) * positions;
+            // SAFETY: each task has its own images.
+            #[allow(unsafe_code)]
+            let y = unsafe { y.slice(start * outputs * positions..end * outputs * positions) };
+            scratch(depth * columns, |unfolded| {
+                for image in start..end {
+                    for channel in 0..self.channels {
+                        let x = &x[(image * self.channels + channel) * pixels..][..pixels];
+                        let rows = &mut unfolded[channel * g.taps() * columns + (image - start) * positions..];
+                        unfold(g, x, 0..positions, rows, columns);
+                    }
+                }
+                scratch(outputs * columns, |product| {
+                    let unfolded = Matrix::new(unfolded, depth, columns);
+                    matmul(MatrixMut::new(product, outputs, columns), false, weight, unfolded, 1.0, Threads::One);
+                    for (i, y) in y.chunks_exact_mut(positions).enumerate() {
+                        let (image, output) = (i / outputs, i % outputs);
+                        let product = &product[output * columns + image * positions..][..positions];
+                        for (y, &product) in y.iter_mut().zip(product) {
+                            *y = product + self.bias[output];
+                        }
+                    }
+                });
+            });
+        });
+    }
+
+    /// dx = fold(W^T grad), for some channels of one image at a time.
+    fn backward(&self, grad: &[f32], weight: &[f32], dx: &mut [f32]) {
+        let g = &self.geometry;
+        let (taps, positions, pixels) = (g.taps(), g.positions(), g.height * g.width);
+        let depth = self.channels * taps;
+        let block = (TILE / (taps * positions).max(1)).clamp(4, 64).min(self.channels.max(1));
+        let blocks = self.channels.div_ceil(block);
+        let dx = Shared::new(dx);
+        parallel(self.batch * blocks, self.work(), |task| {
+            let (image, start) = (task / blocks, task % blocks * block);
+            let channels = block.min(self.channels - start);
+            let grad = Matrix::new(&grad[image * self.outputs * positions..], self.outputs, positions);
+            let weight = Matrix::strided(&weight[start * taps..], self.outputs, channels * taps, depth).t();
+            let first = (image * self.channels + start) * pixels;
+            // SAFETY: each task has its own channels of dx.
+            #[allow(unsafe_code)]
+            let dx = unsafe { dx.slice(first..first + channels * pixels) };
+            if self.is_pointwise() {
+                return matmul(MatrixMut::new(dx, channels, pixels), false, weight, grad, 1.0, Threads::One);
+            }
+            scratch(channels * taps * positions, |unfolded| {
+                matmul(MatrixMut::new(unfolded, channels * taps, positions), false, weight, grad, 1.0, Threads::One);
+                for (rows, dx) in unfolded.chunks_exact(taps * positions).zip(dx.chunks_exact_mut(pixels)) {
+                    fold(g, rows, dx);
+                }
+            });
+        });
+    }
+}
+
+impl CustomOp1 for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = values(storage, layout, self.name())?;
+        let g = &self.geometry;
+        let y = with_weight(&self.weight, |weight| {
+            Ok(weight.with_all(|weight| {
+                filled(self.batch * self.outputs * g.positions(), |y| {
+                    if y.is_empty() {
+                    } else if g.positions() <= 128 && self.batch > 1 {
+                        self.by_images(x, weight, y);
+                    } else {
+                        self.by_positions(x, weight, y);
+                    }
+                })
+            }))
+        })?;
+        Ok((CpuStorage::F32(y), (self.batch, self.outputs, g.out_height, g.out_width).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let grad = Values::of(&grad)?;
+        let dx = with_weight(&self.weight, |weight| {
+            Ok(weight.with_all(|weight| filled(x.elem_count(), |dx| self.backward(&grad, weight, dx))))
+        })?;
+        Tensor::from_vec(dx, x.shape(), &Device::Cpu).map(Some)
+    }
+}
