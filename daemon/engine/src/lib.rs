@@ -1,6 +1,7 @@
 //! The engine of BlockLoRA: a Stable Diffusion model on candle whose live weights take adapters in place, exactly and
 //! reversibly, and which trains adapters' factors. It knows neither IPC nor plugins.
 
+pub mod bench;
 mod error;
 pub mod generate;
 pub mod image;

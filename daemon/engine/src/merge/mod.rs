@@ -1,3 +1,23 @@
 //! Merging adapters into the live weights: strategies plan, the engine's kernel writes rows.
+//!
+//! The mapped model file is the pristine copy. A composition is applied in one pass over the rows that change,
+//! `W[p] = W0[p] + sum_i c_ip scale_i B_i[p] A_i`, straight into the live tensors.
 
+mod adapter;
+mod blocklora;
+mod composition;
+pub mod conflicts;
+mod kernel;
+#[cfg(target_arch = "x86_64")]
+mod kernel_x86;
+mod merger;
 pub mod strategy;
+#[cfg(test)]
+mod tests;
+mod weighted_average;
+
+pub use adapter::{AdapterFactors, AdapterLayer};
+pub use blocklora::{Blocklora, Clash, Normalise};
+pub use kernel::Isa;
+pub use merger::{MergeReport, Merger, Target};
+pub use weighted_average::WeightedAverage;

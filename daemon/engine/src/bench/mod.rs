@@ -1,0 +1,1 @@
+//! Benchmarks of the engine, on random weights of real shapes.

@@ -1,0 +1,198 @@
+//! An adapter's factors in memory, decoded and checked, ready to be merged.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::strategy::{AdapterView, Factors};
+use crate::error::{Error, Result};
+use crate::weights::hex;
+
+/// One adapter's factors on one Linear of m outputs and n inputs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterLayer {
+    /// The Linear's name, as in [`LayerInfo`](super::strategy::LayerInfo).
+    pub name: String,
+    /// Outputs m of the Linear that it was trained on.
+    pub outputs: usize,
+    /// Inputs n.
+    pub columns: usize,
+    /// r.
+    pub rank: usize,
+    /// The owned output rows, ascending.
+    pub rows: Vec<u32>,
+    /// A, [rank, columns], row-major.
+    pub a: Vec<f32>,
+    /// The owned rows of B, [rows.len(), rank], row-major.
+    pub b: Vec<f32>,
+}
+
+/// An adapter: its factors by layer, its scale, and the digest that stands for all of them.
+#[derive(Clone, Debug)]
+pub struct AdapterFactors {
+    name: String,
+    digest: String,
+    scale: f32,
+    layers: BTreeMap<String, AdapterLayer>,
+}
+
+impl AdapterFactors {
+    /// An adapter made in memory: delta = `scale` * scatter(B, rows) A on each layer. Its digest is a SHA-256 of all
+    /// of that. Fails, naming the layer, where shapes do not fit, rows are not ascending or a value is not finite.
+    pub fn new(name: impl Into<String>, scale: f32, layers: Vec<AdapterLayer>) -> Result<Self> {
+        let mut sha = Sha256::new();
+        sha.update(scale.to_le_bytes());
+        for layer in &layers {
+            sha.update((layer.name.len() as u64).to_le_bytes());
+            sha.update(layer.name.as_bytes());
+            for size in [layer.outputs, layer.columns, layer.rank, layer.rows.len()] {
+                sha.update((size as u64).to_le_bytes());
+            }
+            sha.update(bytes_of(&layer.rows, |row| row.to_le_bytes()));
+            sha.update(bytes_of(&layer.a, |x| x.to_le_bytes()));
+            sha.update(bytes_of(&layer.b, |x| x.to_le_bytes()));
+        }
+        Self::with_digest(name, hex(&sha.finalize()), scale, layers)
+    }
+
+    /// As [`new`](Self::new), with the digest of the file that it came from. Equal digests must mean equal factors.
+    pub fn with_digest(
+        name: impl Into<String>,
+        digest: impl Into<String>,
+        scale: f32,
+        layers: Vec<AdapterLayer>,
+    ) -> Result<Self> {
+        let (name, digest) = (name.into(), digest.into());
+        let incompatible = |reason: String| Error::Incompatible { adapter: name.clone(), reason };
+        if !scale.is_finite() {
+            return Err(incompatible(format!("its scale is {scale}; it must be finite")));
+        }
+        let mut by_name = BTreeMap::new();
+        for layer in layers {
+            layer.check().map_err(|reason| incompatible(format!("layer {:?}: {reason}", layer.name)))?;
+            if let Some(twice) = by_name.insert(layer.name.clone(), layer) {
+                return Err(incompatible(format!("layer {:?} is there twice", twice.name)));
+            }
+        }
+        Ok(Self { name, digest, scale, layers: by_name })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+    /// SHA-256 in hex of its file, or of its content where it was made in memory. Adapters add up in this order.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+    /// The factor of every delta (alpha, or alpha / r, as the file's formula says).
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+    /// Its layers, sorted by name.
+    pub fn layers(&self) -> impl Iterator<Item = &AdapterLayer> {
+        self.layers.values()
+    }
+    /// Its factors on the Linear `name`, if it changes that one.
+    pub fn layer(&self, name: &str) -> Option<&AdapterLayer> {
+        self.layers.get(name)
+    }
+    /// The memory that its factors take, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.layers().map(|layer| 4 * (layer.rows.len() + layer.a.len() + layer.b.len())).sum()
+    }
+}
+
+impl AdapterLayer {
+    fn check(&self) -> Result<(), String> {
+        if self.rank.checked_mul(self.columns) != Some(self.a.len()) {
+            return Err(format!("A has {} values, not {} x {}", self.a.len(), self.rank, self.columns));
+        }
+        if self.rank.checked_mul(self.rows.len()) != Some(self.b.len()) {
+            return Err(format!("B has {} values, not {} x {}", self.b.len(), self.rows.len(), self.rank));
+        }
+        if !self.rows.is_sorted_by(|p, q| p < q) {
+            return Err("its rows are not ascending".into());
+        }
+        if let Some(&row) = self.rows.last().filter(|&&row| row as usize >= self.outputs) {
+            return Err(format!("it owns row {row}, but the Linear has {} outputs", self.outputs));
+        }
+        match self.a.iter().chain(&self.b).find(|x| !x.is_finite()) {
+            Some(x) => Err(format!("its factors hold {x}; they must be finite")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn bytes_of<T: Copy>(values: &[T], to_bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
+    values.iter().flat_map(|&x| to_bytes(x)).collect()
+}
+
+/// An adapter placed on a model: its layers by the model's layer index, with the caller's weight.
+#[derive(Clone, Debug)]
+pub(super) struct Placed {
+    pub factors: Arc<AdapterFactors>,
+    pub weight: f32,
+    /// The name of its layer, by layer index.
+    layers: Vec<bool>,
+    names: Arc<[String]>,
+}
+
+impl Placed {
+    /// `names` are the model's layers; `shape_of` gives m and n of one. Fails on a layer that the model lacks.
+    pub fn new(
+        factors: Arc<AdapterFactors>,
+        weight: f32,
+        names: &Arc<[String]>,
+        index_of: &BTreeMap<String, usize>,
+        shape_of: impl Fn(usize) -> (usize, usize),
+    ) -> Result<Self> {
+        let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
+        if !weight.is_finite() {
+            return Err(incompatible(format!("its weight is {weight}; it must be finite")));
+        }
+        let mut layers = vec![false; names.len()];
+        for layer in factors.layers() {
+            let &index = index_of.get(&layer.name).ok_or_else(|| {
+                incompatible(format!(
+                    "layer {:?} is not in this model; use the base model that the adapter was trained on",
+                    layer.name
+                ))
+            })?;
+            let (rows, columns) = shape_of(index);
+            if (layer.outputs, layer.columns) != (rows, columns) {
+                return Err(incompatible(format!(
+                    "layer {:?} is {} x {} in the adapter and {rows} x {columns} in this model; use the base model \
+                     that the adapter was trained on",
+                    layer.name, layer.outputs, layer.columns
+                )));
+            }
+            layers[index] = true;
+        }
+        Ok(Self { factors, weight, layers, names: names.clone() })
+    }
+
+    /// Its factors on the model's layer `index`.
+    pub fn layer(&self, index: usize) -> Option<&AdapterLayer> {
+        self.layers.get(index).copied().unwrap_or(false).then(|| self.factors.layer(&self.names[index])).flatten()
+    }
+}
+
+impl AdapterView for Placed {
+    fn name(&self) -> &str {
+        self.factors.name()
+    }
+    fn weight(&self) -> f32 {
+        self.weight
+    }
+    fn factors(&self, layer: usize) -> Option<Factors<'_>> {
+        self.layer(layer).map(|found| Factors {
+            a: &found.a,
+            b: &found.b,
+            rows: &found.rows,
+            rank: found.rank,
+            scale: self.factors.scale(),
+        })
+    }
+}

@@ -1,0 +1,116 @@
+//! BlockLoRA's merge: every adapter owns its rows, so that each adds up undiluted.
+
+use serde::{Deserialize, Serialize};
+
+use super::strategy::{AdapterView, Coefficients, LayerInfo, MergeStrategy, Plan, Term};
+use crate::error::{Error, Result};
+
+/// How the coefficients alpha_i are normalised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalise {
+    /// Each row's entries are divided by the number of adapters that own the row: alpha_i is the caller's weight
+    /// where rows are disjoint.
+    #[default]
+    Owners,
+    /// The paper's formula to the letter: sum_i alpha_i = 1.
+    Sum1,
+}
+
+/// What to do about rows that two adapters own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Clash {
+    /// An error that names both.
+    #[default]
+    Refuse,
+    /// The owners' mean.
+    Mean,
+}
+
+/// W = W0 + sum_i alpha_i (M_i * B_i A_i), M_i the mask of the rows that adapter i owns (BlockLoRA, section 3.3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Blocklora {
+    /// How the alpha_i are normalised.
+    pub normalise: Normalise,
+    /// What to do about shared rows.
+    pub clash: Clash,
+}
+
+impl MergeStrategy for Blocklora {
+    fn id(&self) -> &'static str {
+        "blocklora"
+    }
+
+    fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan> {
+        let alphas = match self.normalise {
+            Normalise::Owners => adapters.iter().map(|adapter| adapter.weight()).collect(),
+            Normalise::Sum1 => sum_to_one(adapters)?,
+        };
+        layers
+            .iter()
+            .enumerate()
+            .map(|(index, layer)| {
+                let owners = count_owners(index, layer.rows, adapters);
+                if self.clash == Clash::Refuse && owners.iter().any(|&count| count > 1) {
+                    return Err(clash(index, layer, adapters));
+                }
+                let term = |(adapter, view): (usize, &&dyn AdapterView)| {
+                    let rows = view.factors(index)?.rows;
+                    let alpha = alphas[adapter];
+                    let shared = rows.iter().any(|&row| owners[row as usize] > 1);
+                    let coefficients = if self.normalise == Normalise::Owners && shared {
+                        Coefficients::PerRow(rows.iter().map(|&row| alpha / owners[row as usize] as f32).collect())
+                    } else {
+                        Coefficients::Uniform(alpha)
+                    };
+                    Some(Term { adapter, coefficients })
+                };
+                Ok(adapters.iter().enumerate().filter_map(term).collect())
+            })
+            .collect()
+    }
+}
+
+/// The adapters' weights divided by their sum.
+pub(super) fn sum_to_one(adapters: &[&dyn AdapterView]) -> Result<Vec<f32>> {
+    let sum: f32 = adapters.iter().map(|adapter| adapter.weight()).sum();
+    let alphas: Vec<f32> = adapters.iter().map(|adapter| adapter.weight() / sum).collect();
+    if alphas.iter().all(|alpha| alpha.is_finite()) {
+        Ok(alphas)
+    } else {
+        Err(Error::option("weights", sum, "the weights' sum divides each of them, so it must not be 0"))
+    }
+}
+
+/// How many adapters own each row of a layer.
+fn count_owners(layer: usize, rows: usize, adapters: &[&dyn AdapterView]) -> Vec<u32> {
+    let mut owners = vec![0; rows];
+    for factors in adapters.iter().filter_map(|adapter| adapter.factors(layer)) {
+        for &row in factors.rows {
+            owners[row as usize] += 1;
+        }
+    }
+    owners
+}
+
+/// The error about the first row of `layer` that two adapters own.
+fn clash(index: usize, layer: &LayerInfo, adapters: &[&dyn AdapterView]) -> Error {
+    let mut owner: Vec<Option<&str>> = vec![None; layer.rows];
+    for adapter in adapters {
+        for &row in adapter.factors(index).map_or(&[][..], |factors| factors.rows) {
+            if let Some(first) = owner[row as usize].replace(adapter.name()) {
+                return Error::Incompatible {
+                    adapter: adapter.name().to_owned(),
+                    reason: format!(
+                        "it and {first:?} both own row {row} of {}; leave one out, train one of them again in a free \
+                         slot, or accept the mean of both with clash = \"mean\"",
+                        layer.name
+                    ),
+                };
+            }
+        }
+    }
+    Error::option("clash", "refuse", "two adapters own the same rows")
+}

@@ -1,0 +1,347 @@
+//! The kernel that writes rows: W[p] = round(f32(W0[p]) + sum_k w_kp A_k), one pass, several rows at a time.
+//!
+//! Every element is one chain of fused multiply-adds in the order of k, whatever the instruction set and the tile, so
+//! that all of them give the same bits.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::adapter::AdapterLayer;
+use super::composition::RowTerms;
+#[cfg(target_arch = "x86_64")]
+use super::kernel_x86::{self, Lanes};
+
+/// The instruction sets that the kernel is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Plain Rust.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The best one of this machine.
+    pub fn detect() -> Self {
+        *Self::available().last().unwrap_or(&Self::Portable)
+    }
+
+    /// All that this machine has, the best one last.
+    pub fn available() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl");
+            return if avx512 { &[Self::Portable, Self::Avx2, Self::Avx512] } else { &[Self::Portable, Self::Avx2] };
+        }
+        &[Self::Portable]
+    }
+}
+
+/// A type that weights are stored in.
+pub(super) trait Element: Copy + Send + Sync {
+    /// Its size in bytes.
+    const BYTES: usize;
+    const DTYPE: DType;
+    /// The bits of the smallest f32 magnitude that is no finite number after rounding to this type.
+    const OVERFLOW: u32;
+    /// Reads a little-endian value from the first bytes of `bytes`.
+    fn read(bytes: &[u8]) -> f32;
+    /// Rounds to nearest even.
+    fn round(value: f32) -> Self;
+    fn is_finite(self) -> bool;
+}
+
+impl Element for f32 {
+    const BYTES: usize = 4;
+    const DTYPE: DType = DType::F32;
+    const OVERFLOW: u32 = 0x7f80_0000;
+    #[inline(always)]
+    fn read(bytes: &[u8]) -> f32 {
+        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        value
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl Element for f16 {
+    const BYTES: usize = 2;
+    const DTYPE: DType = DType::F16;
+    const OVERFLOW: u32 = 0x477f_f000; // 65520, half way between the largest f16 and 2^16
+    #[inline(always)]
+    fn read(bytes: &[u8]) -> f32 {
+        f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
+    }
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl Element for bf16 {
+    const BYTES: usize = 2;
+    const DTYPE: DType = DType::BF16;
+    const OVERFLOW: u32 = 0x7f7f_8000;
+    #[inline(always)]
+    fn read(bytes: &[u8]) -> f32 {
+        bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
+    }
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+/// R rows that take the same adapters.
+pub(super) struct Tile<'a, T, const R: usize> {
+    /// The pristine rows, as stored.
+    pub pristine: [&'a [u8]; R],
+    /// The live rows.
+    pub live: [&'a mut [T]; R],
+    /// The rows of all terms' A, in canonical order.
+    pub a: &'a [&'a [f32]],
+    /// c_ip * scale_i * B_i[p, k], [a.len(), R].
+    pub w: &'a [f32],
+}
+
+/// Rewrites some rows of one layer in place.
+pub(super) struct Rewrite<'a> {
+    pub isa: Isa,
+    /// The stored type of the pristine weight.
+    pub stored: DType,
+    /// The pristine weight [m, n], in the mapping.
+    pub pristine: &'a [u8],
+    /// n.
+    pub columns: usize,
+    /// The rows to rewrite, each at most once, with their terms.
+    pub terms: &'a RowTerms,
+    /// Each adapter's factors and scale on this layer, by its index in the terms.
+    pub factors: Vec<Option<(&'a AdapterLayer, f32)>>,
+    /// One of the rows that did not stay finite; `u32::MAX` for none.
+    pub not_finite: AtomicU32,
+}
+
+impl InplaceOp1 for Rewrite<'_> {
+    fn name(&self) -> &'static str {
+        "merge"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("merge needs a contiguous weight")
+        };
+        match storage {
+            CpuStorage::F32(live) => self.run(&mut live[start..end]),
+            CpuStorage::F16(live) => self.run(&mut live[start..end]),
+            CpuStorage::BF16(live) => self.run(&mut live[start..end]),
+            other => candle_core::bail!("merge writes f32, f16 and bf16 weights, not {:?}", other.dtype()),
+        }
+    }
+}
+
+use candle_core::backend::BackendStorage;
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) trait Lanes: Element {}
+#[cfg(not(target_arch = "x86_64"))]
+impl<T: Element> Lanes for T {}
+
+/// About how many bytes of live rows one task writes.
+const TASK_BYTES: usize = 128 << 10;
+/// Rows that share each load of A.
+const TILE_ROWS: usize = 4;
+
+/// The live matrix, which tasks write disjoint rows of.
+struct LiveRows<T>(*mut T);
+#[allow(unsafe_code)]
+// SAFETY: `Rewrite` gives each row to one task only.
+unsafe impl<T: Send> Sync for LiveRows<T> {}
+
+impl Rewrite<'_> {
+    fn run<T: Lanes>(&self, live: &mut [T]) -> candle_core::Result<()> {
+        match self.stored {
+            DType::F32 => self.run_from::<f32, T>(live),
+            DType::F16 => self.run_from::<f16, T>(live),
+            DType::BF16 => self.run_from::<bf16, T>(live),
+            other => candle_core::bail!("merge reads f32, f16 and bf16 weights, not {other:?}"),
+        }
+    }
+
+    fn run_from<S: Lanes, T: Lanes>(&self, live: &mut [T]) -> candle_core::Result<()> {
+        let n = self.columns;
+        let m = live.len().checked_div(n).unwrap_or(0);
+        if self.pristine.len() != live.len() * S::BYTES || self.terms.rows.iter().any(|&row| row as usize >= m) {
+            candle_core::bail!("merge: {} pristine bytes for {} values", self.pristine.len(), live.len());
+        }
+        let rows_per_task = (TASK_BYTES / (n * T::BYTES)).next_multiple_of(TILE_ROWS);
+        let live = LiveRows(live.as_mut_ptr());
+        self.tasks(rows_per_task).into_par_iter().for_each(|task| self.run_task::<S, T>(&live, task));
+        Ok(())
+    }
+
+    /// Runs of rows that take the same adapters, of at most `longest` rows.
+    fn tasks(&self, longest: usize) -> Vec<Range<usize>> {
+        let mut tasks = Vec::new();
+        let mut start = 0;
+        for index in 1..=self.terms.rows.len() {
+            let ends = index == self.terms.rows.len() || !self.terms.alike(index - 1, index);
+            if ends || index - start == longest {
+                tasks.push(start..index);
+                start = index;
+            }
+        }
+        tasks.retain(|task| !task.is_empty());
+        tasks
+    }
+
+    fn run_task<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, task: Range<usize>) {
+        let mut a = Vec::new();
+        for term in self.terms.of(task.start) {
+            if let Some((factors, _)) = self.factors[term.adapter as usize] {
+                a.extend(factors.a.chunks_exact(self.columns));
+            }
+        }
+        let mut w = Vec::with_capacity(a.len() * TILE_ROWS);
+        let mut index = task.start;
+        while index < task.end {
+            if task.end - index >= TILE_ROWS {
+                self.run_tile::<S, T, TILE_ROWS>(live, index, &a, &mut w);
+                index += TILE_ROWS;
+            } else {
+                self.run_tile::<S, T, 1>(live, index, &a, &mut w);
+                index += 1;
+            }
+        }
+    }
+
+    fn run_tile<S: Lanes, T: Lanes, const R: usize>(
+        &self,
+        live: &LiveRows<T>,
+        first: usize,
+        a: &[&[f32]],
+        w: &mut Vec<f32>,
+    ) {
+        let n = self.columns;
+        let rows: [usize; R] = std::array::from_fn(|r| self.terms.rows[first + r] as usize);
+        w.clear();
+        w.resize(a.len() * R, 0.0);
+        for r in 0..R {
+            let mut k = 0;
+            for term in self.terms.of(first + r) {
+                if let Some((factors, scale)) = self.factors[term.adapter as usize] {
+                    let scaled = term.coefficient * scale;
+                    let b = &factors.b[term.local as usize * factors.rank..][..factors.rank];
+                    for &b in b {
+                        w[k * R + r] = scaled * b;
+                        k += 1;
+                    }
+                }
+            }
+        }
+        let tile = Tile {
+            pristine: rows.map(|row| &self.pristine[row * n * S::BYTES..][..n * S::BYTES]),
+            // SAFETY: rows lie inside the matrix (checked in `run_from`), and no other tile has any of these rows.
+            #[allow(unsafe_code)]
+            live: rows.map(|row| unsafe { std::slice::from_raw_parts_mut(live.0.add(row * n), n) }),
+            a,
+            w,
+        };
+        let Some(magnitude) = merge_tile::<S, T, R>(self.isa, tile) else { return };
+        if magnitude >= T::OVERFLOW {
+            // SAFETY: as above; the tile is gone.
+            #[allow(unsafe_code)]
+            let is_bad = |row: &&usize| {
+                let row = unsafe { std::slice::from_raw_parts(live.0.add(**row * n), n) };
+                row.iter().any(|x| !x.is_finite())
+            };
+            let bad = rows.iter().find(is_bad).unwrap_or(&rows[0]);
+            self.not_finite.fetch_min(*bad as u32, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Writes a tile; returns the largest magnitude in it before rounding (as bits), or none where it is pristine.
+fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>) -> Option<u32> {
+    if tile.a.is_empty() && S::DTYPE == T::DTYPE && cfg!(target_endian = "little") {
+        for (pristine, live) in tile.pristine.into_iter().zip(tile.live) {
+            debug_assert_eq!(pristine.len(), size_of_val(live));
+            // SAFETY: the same type and length, checked by the caller; every bit pattern is a value.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::ptr::copy_nonoverlapping(pristine.as_ptr(), live.as_mut_ptr().cast::<u8>(), pristine.len());
+            }
+        }
+        return None;
+    }
+    let merged = !tile.a.is_empty();
+    let magnitude = match isa {
+        // SAFETY: `Isa::available` found the features, which `Isa`'s users take it from.
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        Isa::Avx2 => unsafe { kernel_x86::merge_tile_avx2::<S, T, R>(tile) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        // SAFETY: as above.
+        Isa::Avx512 => unsafe { kernel_x86::merge_tile_avx512::<S, T, R>(tile) },
+        _ => merge_tile_portable::<S, T, R>(tile),
+    };
+    merged.then_some(magnitude)
+}
+
+/// The kernel in plain Rust, by blocks of columns that stay in registers or the first-level cache.
+fn merge_tile_portable<S: Element, T: Element, const R: usize>(mut tile: Tile<'_, T, R>) -> u32 {
+    const BLOCK: usize = 64;
+    let mut magnitude = 0;
+    let n = tile.live[0].len();
+    for start in (0..n).step_by(BLOCK) {
+        let end = n.min(start + BLOCK);
+        magnitude = magnitude.max(merge_columns::<S, T, R>(&mut tile, start..end));
+    }
+    magnitude
+}
+
+/// Columns `columns` (at most 64) of a tile; the definition of what every other kernel computes.
+#[inline(always)]
+pub(super) fn merge_columns<S: Element, T: Element, const R: usize>(
+    tile: &mut Tile<'_, T, R>,
+    columns: Range<usize>,
+) -> u32 {
+    let (start, len) = (columns.start, columns.len());
+    let mut magnitude = 0;
+    for r in 0..R {
+        let mut sums = [0.0f32; 64];
+        let pristine = &tile.pristine[r][start * S::BYTES..][..len * S::BYTES];
+        for (sum, bytes) in sums.iter_mut().zip(pristine.chunks_exact(S::BYTES)) {
+            *sum = S::read(bytes);
+        }
+        for (k, a) in tile.a.iter().enumerate() {
+            let w = tile.w[k * R + r];
+            for (sum, &a) in sums.iter_mut().zip(&a[start..start + len]) {
+                *sum = w.mul_add(a, *sum);
+            }
+        }
+        for (live, &sum) in tile.live[r][start..start + len].iter_mut().zip(&sums) {
+            magnitude = magnitude.max(sum.to_bits() & 0x7fff_ffff);
+            *live = T::round(sum);
+        }
+    }
+    magnitude
+}

@@ -1,0 +1,233 @@
+//! Applies compositions of adapters to the live weights, exactly and reversibly.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::adapter::{AdapterFactors, Placed};
+use super::composition::Composition;
+use super::kernel::{Isa, Rewrite};
+use super::strategy::{AdapterView, LayerInfo, MergeStrategy};
+use crate::error::{Error, Result};
+use crate::weights::WeightView;
+
+/// One Linear that adapters may change.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its name and size.
+    pub info: LayerInfo,
+    /// Its live weight [m, n], sharing the Linear's storage; equal to `pristine` when the merger is made.
+    pub live: Tensor,
+    /// Its weight in the model file.
+    pub pristine: WeightView,
+}
+
+/// What applying a composition did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct MergeReport {
+    /// Rows written.
+    pub rows_rewritten: u64,
+    /// Bytes of live weights written.
+    pub bytes_written: u64,
+    /// Linears with at least one row written.
+    pub layers_touched: usize,
+    /// Wall time, planning included.
+    pub seconds: f64,
+}
+
+/// Owns what is merged into the live weights of a model.
+///
+/// A row's bits depend on the pristine row and its terms only, so neither order nor history of compositions matters,
+/// and a row without terms has the file's value.
+#[derive(Debug)]
+pub struct Merger {
+    targets: Vec<Target>,
+    infos: Vec<LayerInfo>,
+    names: Arc<[String]>,
+    index_of: BTreeMap<String, usize>,
+    current: Composition,
+    isa: Isa,
+}
+
+impl Merger {
+    /// A merger for `targets`, whose live weights are pristine. Fails, naming the tensor, where a shape, type or
+    /// layout does not fit or two Linears share one weight.
+    pub fn new(targets: Vec<Target>) -> Result<Self> {
+        let mut storages = BTreeSet::new();
+        let mut index_of = BTreeMap::new();
+        for (index, Target { info, live, pristine }) in targets.iter().enumerate() {
+            let supported = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+            let values = info.rows.checked_mul(info.columns).unwrap_or(usize::MAX);
+            let reason = if live.dims() != [info.rows, info.columns] {
+                Some(format!("the live weight is {:?}, not {} x {}", live.dims(), info.rows, info.columns))
+            } else if pristine.shape().first() != Some(&info.rows)
+                || pristine.shape().iter().product::<usize>() != values
+            {
+                Some(format!("shape {:?}, not {} x {}", pristine.shape(), info.rows, info.columns))
+            } else if values == 0 {
+                Some("it has no values".into())
+            } else if !supported(live.dtype()) || !supported(pristine.dtype()) {
+                Some(format!(
+                    "stored as {:?}, live as {:?}; merging takes F32, F16 and BF16",
+                    pristine.dtype(),
+                    live.dtype()
+                ))
+            } else if pristine.bytes().len() != values * pristine.dtype().size_in_bytes() {
+                Some(format!("{} bytes for {values} values", pristine.bytes().len()))
+            } else if !live.device().is_cpu() {
+                Some("the live weight is not in main memory; merging has a kernel for the CPU only".into())
+            } else if !live.is_contiguous() {
+                Some("the live weight is not contiguous".into())
+            } else if !storages.insert(std::ptr::from_ref(&*live.storage_and_layout().0).addr()) {
+                Some("the live weight is shared with another Linear".into())
+            } else if index_of.insert(info.name.clone(), index).is_some() {
+                Some(format!("two Linears are named {:?}", info.name))
+            } else {
+                None
+            };
+            if let Some(reason) = reason {
+                return Err(pristine.error(reason));
+            }
+        }
+        let infos: Vec<LayerInfo> = targets.iter().map(|target| target.info.clone()).collect();
+        let names = infos.iter().map(|info| info.name.clone()).collect();
+        Ok(Self { targets, infos, names, index_of, current: Composition::default(), isa: Isa::detect() })
+    }
+
+    /// The same with the kernel of `isa`, which must be one of [`Isa::available`]; others are ignored.
+    pub fn with_isa(mut self, isa: Isa) -> Self {
+        if Isa::available().contains(&isa) {
+            self.isa = isa;
+        }
+        self
+    }
+
+    /// The Linears that adapters may change.
+    pub fn layers(&self) -> &[LayerInfo] {
+        &self.infos
+    }
+
+    /// What is merged now, in canonical order: each adapter with the caller's weight.
+    pub fn composition(&self) -> impl Iterator<Item = (&Arc<AdapterFactors>, f32)> {
+        self.current.adapters().iter().map(|placed| (&placed.factors, placed.weight))
+    }
+
+    /// Makes `adapters` (each with its weight; 1 is "as trained", 0 as good as absent) the composition, whatever it
+    /// was before, and rewrites only rows whose terms change. None gives back the file's bits.
+    ///
+    /// Everything is checked before the first write: an adapter's layer that the model lacks, or of another size; the
+    /// same adapter twice; weights and coefficients that are not finite; whatever the strategy refuses. If a row
+    /// does not stay finite in the live type, the composition before is restored and the error names the row.
+    pub fn apply(
+        &mut self,
+        adapters: &[(Arc<AdapterFactors>, f32)],
+        strategy: &dyn MergeStrategy,
+    ) -> Result<MergeReport> {
+        let start = Instant::now();
+        let wanted = self.compose(adapters, strategy)?;
+        match self.rewrite(&self.current, &wanted) {
+            Ok(mut report) => {
+                self.current = wanted;
+                report.seconds = start.elapsed().as_secs_f64();
+                Ok(report)
+            }
+            Err(error) => {
+                self.rewrite(&wanted, &self.current)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Places, orders, plans and checks.
+    fn compose(&self, adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy) -> Result<Composition> {
+        let shape_of = |index: usize| (self.infos[index].rows, self.infos[index].columns);
+        let mut placed = adapters
+            .iter()
+            .map(|(factors, weight)| Placed::new(factors.clone(), *weight, &self.names, &self.index_of, shape_of))
+            .collect::<Result<Vec<_>>>()?;
+        placed.retain(|adapter| adapter.weight != 0.0);
+        placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
+        if let Some(pair) = placed.windows(2).find(|pair| pair[0].factors.digest() == pair[1].factors.digest()) {
+            return Err(Error::Incompatible {
+                adapter: pair[1].name().to_owned(),
+                reason: format!(
+                    "it is the same adapter as {:?}, given twice; give it once, with the sum of the weights",
+                    pair[0].name()
+                ),
+            });
+        }
+        if placed.is_empty() {
+            return Ok(Composition::default());
+        }
+        let views: Vec<&dyn AdapterView> = placed.iter().map(|adapter| adapter as &dyn AdapterView).collect();
+        let plan = strategy.plan(&self.infos, &views)?;
+        Composition::new(strategy.id(), &self.infos, placed, plan)
+    }
+
+    /// Brings the live weights from composition `old` to `new`. On an error some rows may already be those of `new`.
+    fn rewrite(&self, old: &Composition, new: &Composition) -> Result<MergeReport> {
+        let same = new.same_in(old);
+        let (rows_written, bytes_written) = (AtomicU64::new(0), AtomicU64::new(0));
+        let touched = self
+            .targets
+            .par_iter()
+            .enumerate()
+            .map(|(index, target)| -> Result<usize> {
+                let Some(changed) = new.changed_rows(old, &same, index, target.info.rows) else { return Ok(0) };
+                let rows = rewrite_rows(self.isa, target, index, new, &changed)?;
+                let row_bytes = target.info.columns * target.live.dtype().size_in_bytes();
+                rows_written.fetch_add(rows as u64, Ordering::Relaxed);
+                bytes_written.fetch_add((rows * row_bytes) as u64, Ordering::Relaxed);
+                Ok(1)
+            })
+            .try_reduce(|| 0, |one, other| Ok(one + other))?;
+        Ok(MergeReport {
+            rows_rewritten: rows_written.into_inner(),
+            bytes_written: bytes_written.into_inner(),
+            layers_touched: touched,
+            seconds: 0.0,
+        })
+    }
+}
+
+/// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many.
+fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Composition, marked: &[bool]) -> Result<usize> {
+    let terms = composition.row_terms(index, marked);
+    let rewrite = Rewrite {
+        isa,
+        stored: target.pristine.dtype(),
+        pristine: target.pristine.bytes(),
+        columns: target.info.columns,
+        terms: &terms,
+        factors: composition
+            .adapters()
+            .iter()
+            .map(|placed| Some((placed.layer(index)?, placed.factors.scale())))
+            .collect(),
+        not_finite: AtomicU32::new(u32::MAX),
+    };
+    target.live.inplace_op1(&rewrite)?;
+    let row = rewrite.not_finite.into_inner();
+    if row == u32::MAX {
+        return Ok(terms.rows.len());
+    }
+    let names: Vec<&str> = composition
+        .adapters()
+        .iter()
+        .filter(|placed| placed.layer(index).is_some_and(|layer| layer.rows.binary_search(&row).is_ok()))
+        .map(|placed| placed.name())
+        .collect();
+    Err(Error::Incompatible {
+        adapter: names.join("\", \""),
+        reason: format!(
+            "row {row} of {} does not stay finite in {:?}; lower the weight (nothing was changed)",
+            target.info.name,
+            target.live.dtype()
+        ),
+    })
+}

@@ -1,0 +1,477 @@
+//! The merge laws (bit for bit), the refusals and the diagnostics.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use tempfile::TempDir;
+
+use super::conflicts::conflicts;
+use super::strategy::{AdapterView, Coefficients, LayerInfo, MergeStrategy, Plan, Term};
+use super::*;
+use crate::error::Result;
+use crate::rng::{Rng, Stream};
+use crate::weights::WeightFile;
+
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// Widths with and without whole cache lines, and layers with fewer rows than slots.
+const SHAPES: [(usize, usize); 6] = [(64, 128), (48, 320), (33, 77), (20, 1), (7, 31), (96, 96)];
+const CAPACITY: usize = 16;
+
+fn infos() -> Vec<LayerInfo> {
+    SHAPES.iter().map(|&(rows, columns)| LayerInfo { name: format!("layer{rows}x{columns}"), rows, columns }).collect()
+}
+
+/// A random model of `SHAPES` in a mapped file of `stored` type, live in `live` type.
+struct Model {
+    targets: Vec<Target>,
+    _folder: TempDir,
+}
+
+fn model(stored: DType, live: DType) -> Model {
+    let mut rng = Rng::new(1, Stream::Test, 0, 0);
+    let tensors: BTreeMap<String, Tensor> = infos()
+        .into_iter()
+        .map(|info| {
+            let values = rng.normals(info.rows * info.columns);
+            let tensor = Tensor::from_vec(values, (info.rows, info.columns), &Device::Cpu).unwrap();
+            (info.name, tensor.to_dtype(stored).unwrap())
+        })
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    safetensors::serialize_to_file(tensors, None, &path).unwrap();
+    let file = WeightFile::open(path).unwrap();
+    let target = |info: LayerInfo| {
+        let pristine = file.view(&info.name).unwrap();
+        Target { live: pristine.load(live, &Device::Cpu).unwrap(), pristine, info }
+    };
+    Model { targets: infos().into_iter().map(target).collect(), _folder: folder }
+}
+
+impl Model {
+    /// Every bit of the live weights, layer by layer, row by row.
+    fn bits(&self) -> Vec<Vec<Vec<u32>>> {
+        let layer = |target: &Target| {
+            let rows = target.live.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+            rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
+        };
+        self.targets.iter().map(layer).collect()
+    }
+    fn merger(&self) -> Merger {
+        Merger::new(self.targets.clone()).unwrap()
+    }
+}
+
+fn block(slot: usize, m: usize) -> Vec<u32> {
+    (slot * m / CAPACITY..(slot + 1) * m / CAPACITY).map(|p| p as u32).collect()
+}
+
+fn strided(slot: usize, m: usize) -> Vec<u32> {
+    (slot..m).step_by(CAPACITY).map(|p| p as u32).collect()
+}
+
+fn adapter(name: &str, seed: u64, rank: usize, rows_of: impl Fn(usize) -> Vec<u32>) -> Arc<AdapterFactors> {
+    let mut rng = Rng::new(seed, Stream::Test, 1, 0);
+    let layers = infos().into_iter().map(|LayerInfo { name, rows: outputs, columns }| {
+        let rows = rows_of(outputs);
+        let (a, b) = (rng.normals(rank * columns), rng.normals(rows.len() * rank));
+        AdapterLayer { name, outputs, columns, rank, rows, a, b }
+    });
+    Arc::new(AdapterFactors::new(name, 0.37, layers.collect()).unwrap())
+}
+
+fn disjoint(count: usize, rank: usize) -> Vec<Arc<AdapterFactors>> {
+    (0..count).map(|s| adapter(&format!("concept{s}"), 100 + s as u64, rank, |m| block(s, m))).collect()
+}
+
+fn at_one(adapters: &[Arc<AdapterFactors>]) -> Vec<(Arc<AdapterFactors>, f32)> {
+    adapters.iter().map(|adapter| (adapter.clone(), 1.0)).collect()
+}
+
+const MEAN: Blocklora = Blocklora { normalise: Normalise::Owners, clash: Clash::Mean };
+
+#[test]
+fn any_order_gives_the_same_bits() {
+    for dtype in TYPES {
+        let model = model(dtype, dtype);
+        // Overlapping rows, so that the order of the sums matters.
+        let adapters: Vec<_> = (0..6).map(|s| adapter(&format!("c{s}"), s, 3, |m| (0..m as u32).collect())).collect();
+        let mut list: Vec<_> =
+            adapters.iter().zip([1.0, 0.5, -0.25, 2.0, 0.1, 0.7]).map(|(a, w)| (a.clone(), w)).collect();
+        let mut merger = model.merger();
+        merger.apply(&list, &MEAN).unwrap();
+        let expected = model.bits();
+        let mut rng = Rng::new(3, Stream::Test, 0, 0);
+        for _ in 0..10 {
+            rng.shuffle(&mut list);
+            merger.apply(&[], &MEAN).unwrap();
+            merger.apply(&list, &MEAN).unwrap();
+            assert_eq!(model.bits(), expected, "{dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn a_hundred_random_swaps_equal_the_direct_merge() {
+    for (stored, live) in [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0), (0, 2), (2, 1)].map(|(s, l)| (TYPES[s], TYPES[l])) {
+        let (swapped, direct) = (model(stored, live), model(stored, live));
+        let mut pool = disjoint(15, 4);
+        pool.extend((0..5).map(|s| adapter(&format!("other{s}"), 200 + s, 2, |m| strided(s as usize, m))));
+        pool.push(adapter("everywhere", 300, 5, |m| (0..m as u32).collect()));
+        let mut merger = swapped.merger();
+        let mut rng = Rng::new(4, Stream::Test, 0, 0);
+        let mut list: Vec<(Arc<AdapterFactors>, f32)> = Vec::new();
+        for step in 0..100 {
+            match rng.below(3) {
+                0 if !list.is_empty() => drop(list.swap_remove(rng.below(list.len()))),
+                1 if !list.is_empty() => list.iter_mut().for_each(|(_, weight)| *weight = rng.below(4) as f32 * 0.5),
+                _ => {
+                    let new = pool[rng.below(pool.len())].clone();
+                    list.retain(|(there, _)| there.digest() != new.digest());
+                    list.push((new, 1.0));
+                }
+            }
+            merger.apply(&list, &MEAN).unwrap();
+            if step % 20 == 19 {
+                direct.merger_from_scratch(&list);
+                assert_eq!(swapped.bits(), direct.bits(), "{stored:?} {live:?} after {step} steps");
+            }
+        }
+    }
+}
+
+impl Model {
+    /// Resets the live weights to the file's and merges `list` into them.
+    fn merger_from_scratch(&self, list: &[(Arc<AdapterFactors>, f32)]) {
+        for target in &self.targets {
+            let pristine = target.pristine.load(target.live.dtype(), &Device::Cpu).unwrap();
+            target.live.inplace_op2(&pristine, &Assign).unwrap();
+        }
+        self.merger().apply(list, &MEAN).unwrap();
+    }
+}
+
+/// live = other.
+struct Assign;
+
+impl candle_core::InplaceOp2 for Assign {
+    fn name(&self) -> &'static str {
+        "assign"
+    }
+    fn cpu_fwd(
+        &self,
+        live: &mut candle_core::CpuStorage,
+        _: &candle_core::Layout,
+        other: &candle_core::CpuStorage,
+        _: &candle_core::Layout,
+    ) -> candle_core::Result<()> {
+        *live = other.clone();
+        Ok(())
+    }
+}
+
+#[test]
+fn removing_all_restores_the_files_bits() {
+    for stored in TYPES {
+        for live in TYPES {
+            let model = model(stored, live);
+            let pristine = model.bits();
+            let mut merger = model.merger();
+            let report = merger.apply(&at_one(&disjoint(15, 4)), &Blocklora::default()).unwrap();
+            assert_ne!(model.bits(), pristine);
+            let owned: usize = SHAPES.iter().map(|&(m, _)| 15 * m / CAPACITY).sum();
+            assert_eq!(report.rows_rewritten, owned as u64);
+            let back = merger.apply(&[], &Blocklora::default()).unwrap();
+            assert_eq!((back.rows_rewritten, back.layers_touched), (owned as u64, report.layers_touched));
+            assert_eq!(model.bits(), pristine, "{stored:?} {live:?}");
+        }
+    }
+}
+
+#[test]
+fn merged_rows_equal_solo_rows() {
+    for dtype in TYPES {
+        let (merged, solo) = (model(dtype, dtype), model(dtype, dtype));
+        let adapters = disjoint(15, 4);
+        merged.merger().apply(&at_one(&adapters), &Blocklora::default()).unwrap();
+        let merged = merged.bits();
+        let pristine = solo.bits();
+        let mut merger = solo.merger();
+        for (slot, adapter) in adapters.iter().enumerate() {
+            merger.apply(&[(adapter.clone(), 1.0)], &Blocklora::default()).unwrap();
+            for (layer, bits) in solo.bits().iter().enumerate() {
+                let rows = block(slot, bits.len());
+                for (p, row) in bits.iter().enumerate() {
+                    let owned = rows.contains(&(p as u32));
+                    let expected = if owned { &merged[layer][p] } else { &pristine[layer][p] };
+                    assert_eq!(row, expected, "{dtype:?} concept {slot} layer {layer} row {p}");
+                }
+            }
+        }
+    }
+}
+
+/// W0 + sum_i c_i s_i B_i A_i in f64, by layer and row.
+fn reference(model: &Model, list: &[(Arc<AdapterFactors>, f64)]) -> Vec<Vec<Vec<f64>>> {
+    let layer = |target: &Target| {
+        let w0 = target.pristine.load(DType::F64, &Device::Cpu).unwrap();
+        let mut w = w0.to_vec2::<f64>().unwrap();
+        for (adapter, c) in list {
+            let layer = adapter.layer(&target.info.name).unwrap();
+            for (local, &p) in layer.rows.iter().enumerate() {
+                for k in 0..layer.rank {
+                    let b = layer.b[local * layer.rank + k] as f64;
+                    for (j, w) in w[p as usize].iter_mut().enumerate() {
+                        *w += c * adapter.scale() as f64 * b * layer.a[k * layer.columns + j] as f64;
+                    }
+                }
+            }
+        }
+        w
+    };
+    model.targets.iter().map(layer).collect()
+}
+
+fn assert_near(model: &Model, expected: &[Vec<Vec<f64>>], live: DType) {
+    let unit = match live {
+        DType::F32 => 2f64.powi(-24),
+        DType::F16 => 2f64.powi(-11),
+        _ => 2f64.powi(-8),
+    };
+    for (bits, expected) in model.bits().iter().zip(expected) {
+        for (x, y) in bits.iter().flatten().zip(expected.iter().flatten()) {
+            let x = f32::from_bits(*x) as f64;
+            // One rounding to the live type, and f32 roundings of a sum of a few values below 50.
+            assert!((x - y).abs() <= unit * y.abs() * 1.001 + 2e-5, "{live:?}: {x} is not {y}");
+        }
+    }
+}
+
+#[test]
+fn a_merge_is_the_sum_of_the_deltas() {
+    for live in TYPES {
+        let model = model(DType::F32, live);
+        let mut merger = model.merger();
+        let adapter = adapter("one", 7, 4, |m| strided(3, m));
+        merger.apply(&[(adapter.clone(), 0.8)], &Blocklora::default()).unwrap();
+        assert_near(&model, &reference(&model, &[(adapter, 0.8f32 as f64)]), live);
+
+        let all = disjoint(15, 4);
+        merger.apply(&at_one(&all), &Blocklora::default()).unwrap();
+        assert_near(&model, &reference(&model, &all.iter().map(|a| (a.clone(), 1.0)).collect::<Vec<_>>()), live);
+
+        let sum1 = Blocklora { normalise: Normalise::Sum1, ..Default::default() };
+        merger.apply(&at_one(&all), &sum1).unwrap();
+        assert_near(&model, &reference(&model, &all.iter().map(|a| (a.clone(), 1.0 / 15.0)).collect::<Vec<_>>()), live);
+
+        let dense: Vec<_> =
+            (0..9).map(|s| self::adapter(&format!("d{s}"), s, 4, |m| (0..m as u32).collect())).collect();
+        let weights = [1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.5f32];
+        let list: Vec<_> = dense.iter().cloned().zip(weights).collect();
+        merger.apply(&list, &WeightedAverage::default()).unwrap();
+        let list: Vec<_> = dense.iter().cloned().zip(weights.map(|w| w as f64 / 10.0)).collect();
+        assert_near(&model, &reference(&model, &list), live);
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    for stored in TYPES {
+        for live in TYPES {
+            let mut list = at_one(&disjoint(15, 4));
+            list.push((adapter("all", 9, 7, |m| (0..m as u32).collect()), 0.3));
+            let merge = |isa| {
+                let model = model(stored, live);
+                model.merger().with_isa(isa).apply(&list, &MEAN).unwrap();
+                model.bits()
+            };
+            let expected = merge(Isa::Portable);
+            for &isa in Isa::available() {
+                assert!(merge(isa) == expected, "{isa:?} differs in {stored:?} -> {live:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn only_changed_rows_are_rewritten() {
+    let model = model(DType::F32, DType::F32);
+    let mut merger = model.merger();
+    let adapters = disjoint(15, 4);
+    let mut list = at_one(&adapters);
+    merger.apply(&list, &Blocklora::default()).unwrap();
+    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, 0);
+    let rows_of = |slot| SHAPES.iter().map(|&(m, _)| block(slot, m).len() as u64).sum::<u64>();
+    list[3] = (adapter("new", 999, 2, |m| block(3, m)), 1.0);
+    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(3));
+    list[5].1 = 0.5;
+    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(5));
+    list[5].1 = 0.0;
+    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(5));
+    list.remove(5);
+    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, 0);
+    assert_eq!(merger.composition().count(), 14);
+}
+
+/// Merges `adapters` after a good composition and expects an error with all of `words`, and no bit changed.
+fn refuses(adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy, words: &[&str]) {
+    for live in TYPES {
+        let model = model(DType::F32, live);
+        let mut merger = model.merger();
+        let good = at_one(&disjoint(3, 4));
+        merger.apply(&good, &Blocklora::default()).unwrap();
+        let before = model.bits();
+        let error = merger.apply(adapters, strategy).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error:?} lacks one of {words:?}");
+        assert!(model.bits() == before, "{error}: a bit changed");
+        assert_eq!(merger.apply(&good, &Blocklora::default()).unwrap().rows_rewritten, 0);
+    }
+}
+
+#[test]
+fn clashes_name_both_and_the_cure() {
+    let list = at_one(&[adapter("milo", 1, 2, |m| block(2, m)), adapter("zuko", 2, 2, |m| block(2, m))]);
+    refuses(&list, &Blocklora::default(), &["milo", "zuko", "row", "clash"]);
+}
+
+#[test]
+fn bad_input_changes_nothing() {
+    let one = adapter("one", 1, 2, |m| block(2, m));
+    refuses(&[(one.clone(), f32::NAN)], &MEAN, &["one", "NaN", "finite"]);
+    refuses(&[(one.clone(), 1.0), (one.clone(), 2.0)], &MEAN, &["one", "twice"]);
+    refuses(
+        &[(one.clone(), 1.0), (adapter("two", 2, 2, |m| block(3, m)), -1.0)],
+        &WeightedAverage::default(),
+        &["sum"],
+    );
+    let layer = |name: &str, outputs, columns| AdapterLayer {
+        name: name.into(),
+        outputs,
+        columns,
+        rank: 1,
+        rows: vec![0],
+        a: vec![1.0; columns],
+        b: vec![1.0],
+    };
+    let foreign = |layer| vec![(Arc::new(AdapterFactors::new("x", 1.0, vec![layer]).unwrap()), 1.0)];
+    refuses(&foreign(layer("mid.to_q", 4, 4)), &MEAN, &["x", "mid.to_q", "not in this model"]);
+    refuses(&foreign(layer("layer64x128", 64, 127)), &MEAN, &["layer64x128", "64 x 127", "64 x 128"]);
+    let mut huge = layer("layer96x96", 96, 96);
+    huge.b = vec![f32::MAX];
+    huge.a = vec![4.0; 96];
+    refuses(&foreign(huge), &MEAN, &["\"x\"", "row 0", "layer96x96", "finite"]);
+}
+
+#[test]
+fn a_strategys_plan_is_checked() {
+    struct Fixed(Plan);
+    impl MergeStrategy for Fixed {
+        fn id(&self) -> &'static str {
+            "fixed"
+        }
+        fn plan(&self, _: &[LayerInfo], _: &[&dyn AdapterView]) -> Result<Plan> {
+            Ok(self.0.clone())
+        }
+    }
+    let list = at_one(&[adapter("one", 1, 2, |m| block(2, m))]);
+    let term = |adapter, coefficients| Term { adapter, coefficients };
+    let plan = |first: Vec<Term>| Fixed(std::iter::once(first).chain((1..SHAPES.len()).map(|_| vec![])).collect());
+    refuses(&list, &Fixed(vec![]), &["fixed", "0 layers"]);
+    refuses(&list, &plan(vec![term(1, Coefficients::Uniform(1.0))]), &["no adapter 1"]);
+    refuses(&list, &plan(vec![term(0, Coefficients::Uniform(1.0)); 2]), &["twice"]);
+    refuses(&list, &plan(vec![term(0, Coefficients::Uniform(f32::INFINITY))]), &["one", "inf"]);
+    refuses(&list, &plan(vec![term(0, Coefficients::PerRow(vec![1.0; 3].into()))]), &["3 coefficients"]);
+}
+
+#[test]
+fn invalid_factors_are_refused() {
+    let good = AdapterLayer {
+        name: "l".into(),
+        outputs: 4,
+        columns: 3,
+        rank: 2,
+        rows: vec![1, 3],
+        a: vec![1.0; 6],
+        b: vec![1.0; 4],
+    };
+    let error = |change: &dyn Fn(&mut AdapterLayer)| {
+        let mut layer = good.clone();
+        change(&mut layer);
+        AdapterFactors::new("x", 1.0, vec![layer]).unwrap_err().to_string()
+    };
+    assert!(error(&|l| l.a.truncate(5)).contains("A has 5 values"));
+    assert!(error(&|l| l.b.truncate(3)).contains("B has 3 values"));
+    assert!(error(&|l| l.rows = vec![3, 1]).contains("ascending"));
+    assert!(error(&|l| l.rows = vec![1, 4]).contains("row 4"));
+    assert!(error(&|l| l.a[2] = f32::NAN).contains("NaN"));
+    assert!(AdapterFactors::new("x", f32::INFINITY, vec![good.clone()]).is_err());
+    assert!(AdapterFactors::new("x", 1.0, vec![good.clone(), good]).unwrap_err().to_string().contains("twice"));
+}
+
+#[test]
+fn targets_that_do_not_fit_are_refused() {
+    let model = model(DType::F32, DType::F32);
+    let broken = |change: &dyn Fn(&mut Vec<Target>)| {
+        let mut targets = model.targets.clone();
+        change(&mut targets);
+        Merger::new(targets).unwrap_err().to_string()
+    };
+    assert!(broken(&|t| t[0].live = t[1].live.clone()).contains("layer64x128"));
+    assert!(broken(&|t| t.push(t[0].clone())).contains("shared with another"));
+    assert!(broken(&|t| t[0].live = t[0].live.to_dtype(DType::F64).unwrap()).contains("F64"));
+    assert!(broken(&|t| t[5].live = t[5].live.t().unwrap()).contains("contiguous"));
+    assert!(broken(&|t| t[1].info.name = t[0].info.name.clone()).contains("two Linears"));
+}
+
+#[test]
+fn disjoint_rows_do_not_conflict_at_all() {
+    let adapters = disjoint(15, 4);
+    let report = conflicts(&adapters.iter().map(Arc::as_ref).collect::<Vec<_>>()).unwrap();
+    assert_eq!(report.overall.pairs.len(), 15 * 14 / 2);
+    for figures in report.layers.iter().chain([&report.overall]) {
+        assert_eq!(figures.sign_conflicts.to_bits(), 0);
+        for pair in &figures.pairs {
+            assert_eq!((pair.cosine.to_bits(), pair.sign_conflicts.to_bits(), pair.shared_rows), (0, 0, 0));
+        }
+    }
+    assert!(report.overall.norms.iter().all(|&norm| norm > 0.0));
+}
+
+#[test]
+fn conflicts_equal_those_of_the_dense_deltas() {
+    let everywhere = |m| (0..m as u32).collect::<Vec<_>>();
+    let adapters =
+        [adapter("a", 1, 3, everywhere), adapter("b", 2, 4, |m| strided(1, m)), adapter("c", 3, 2, everywhere)];
+    let report = conflicts(&adapters.iter().map(Arc::as_ref).collect::<Vec<_>>()).unwrap();
+    let delta = |adapter: &AdapterFactors, name: &str| {
+        let layer = adapter.layer(name).unwrap();
+        let mut delta = vec![0.0; layer.outputs * layer.columns];
+        for (local, &p) in layer.rows.iter().enumerate() {
+            for k in 0..layer.rank {
+                let w = layer.b[local * layer.rank + k] as f64 * adapter.scale() as f64;
+                for j in 0..layer.columns {
+                    delta[p as usize * layer.columns + j] += w * layer.a[k * layer.columns + j] as f64;
+                }
+            }
+        }
+        delta
+    };
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for figures in &report.layers {
+        let deltas = adapters.each_ref().map(|adapter| delta(adapter, &figures.layer));
+        for pair in &figures.pairs {
+            let (x, y) = (&deltas[pair.one], &deltas[pair.other]);
+            let cosine = dot(x, y) / (dot(x, x) * dot(y, y)).sqrt();
+            let conflicts = x.iter().zip(y).filter(|(x, y)| *x * *y < 0.0).count() as f64 / x.len() as f64;
+            assert!((pair.cosine - cosine).abs() < 1e-9, "{} {cosine}", pair.cosine);
+            assert_eq!(pair.sign_conflicts, conflicts);
+        }
+        let clash = |j: &usize| deltas.iter().any(|d| d[*j] > 0.0) && deltas.iter().any(|d| d[*j] < 0.0);
+        let conflicts = (0..deltas[0].len()).filter(clash).count() as f64 / deltas[0].len() as f64;
+        assert_eq!(figures.sign_conflicts, conflicts);
+        assert!((figures.norms[0] - dot(&deltas[0], &deltas[0]).sqrt()).abs() < 1e-9);
+    }
+}
