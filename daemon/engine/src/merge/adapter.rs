@@ -78,6 +78,20 @@ impl AdapterFactors {
         Ok(Self { name, digest, scale, layers: by_name })
     }
 
+    /// The factors of a file, decoded to f32; its digest is the file's.
+    pub fn from_adapter(adapter: &blocklora_spec::Adapter) -> Result<Self> {
+        let layers = adapter.layers().iter().map(|layer| AdapterLayer {
+            name: layer.name.clone(),
+            outputs: layer.outputs,
+            columns: layer.columns,
+            rank: layer.rank,
+            rows: layer.rows.clone(),
+            a: layer.a(),
+            b: layer.b(),
+        });
+        Self::with_digest(&adapter.manifest().name, adapter.digest(), adapter.scale(), layers.collect())
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

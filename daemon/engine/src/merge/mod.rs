@@ -8,6 +8,7 @@ mod blocklora;
 mod composition;
 pub mod conflicts;
 mod kernel;
+mod kernel_copy;
 #[cfg(target_arch = "x86_64")]
 mod kernel_x86;
 mod merger;
@@ -19,5 +20,6 @@ mod weighted_average;
 pub use adapter::{AdapterFactors, AdapterLayer};
 pub use blocklora::{Blocklora, Clash, Normalise};
 pub use kernel::Isa;
+pub(crate) use kernel_copy::{copy_rows, is_pristine};
 pub use merger::{MergeReport, Merger, Target};
 pub use weighted_average::WeightedAverage;

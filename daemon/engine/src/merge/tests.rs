@@ -475,3 +475,41 @@ fn conflicts_equal_those_of_the_dense_deltas() {
         assert!((figures.norms[0] - dot(&deltas[0], &deltas[0]).sqrt()).abs() < 1e-9);
     }
 }
+
+#[test]
+fn factors_of_a_file_are_those_written() {
+    use blocklora_spec::*;
+    let digest = "ab".repeat(32);
+    let manifest = Manifest {
+        name: "milo".into(),
+        kind: Kind::Subject,
+        class_word: "dog".into(),
+        tokens: vec![],
+        base: Base { architecture: "test".into(), digest: digest.clone() },
+        algorithm: Algorithm {
+            id: "test".into(),
+            version: "1.0.0".into(),
+            digest: None,
+            config: serde_json::Value::Object(Default::default()),
+        },
+        partition: Some(Partition { scheme: Scheme::Strided, capacity: 4, seed: 0, slot: 1 }),
+        rank: 2,
+        alpha: 0.5,
+        delta: Delta::Alpha,
+        outputs: BTreeMap::new(),
+        erasure_lambda: 0.0,
+        training: Training { steps: 1, seed: 1, data_digest: digest },
+        licence: None,
+        created: None,
+        tensor_digest: String::new(),
+    };
+    let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [7.0, 8.0, 9.0, 10.0]);
+    let layer = Layer { name: "unet.to_q", outputs: 7, a: &a, b: &b };
+    let bytes = AdapterBuilder::new(&manifest, Storage::F32).layer(layer).to_bytes("milo").unwrap();
+    let file = Adapter::from_bytes("milo", bytes).unwrap();
+    let factors = AdapterFactors::from_adapter(&file).unwrap();
+    assert_eq!((factors.name(), factors.digest(), factors.scale()), ("milo", file.digest(), 0.5));
+    let read = factors.layer("unet.to_q").unwrap();
+    assert_eq!((read.outputs, read.columns, read.rank), (7, 3, 2));
+    assert_eq!((&read.rows[..], &read.a[..], &read.b[..]), (&[1, 5][..], &a[..], &b[..]));
+}

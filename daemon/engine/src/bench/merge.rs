@@ -1,0 +1,242 @@
+//! `bench merge`: a merge of many adapters against a plain copy of the same bytes.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use blocklora_spec::{Partition, Scheme};
+use candle_core::{DType, Device};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde::Serialize;
+
+use super::{Shape, memory};
+use crate::error::{Error, Result};
+use crate::merge::strategy::LayerInfo;
+use crate::merge::{AdapterFactors, AdapterLayer, Blocklora, Isa, Merger, Target, copy_rows};
+use crate::rng::{Rng, Stream};
+use crate::weights::WeightFile;
+
+/// What [`merge`] measured. Times are medians in milliseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchMerge {
+    /// Whose shapes.
+    pub shape: Shape,
+    /// How many adapters were merged, in slots of a contiguous partition.
+    pub adapters: usize,
+    /// Their rank.
+    pub rank: usize,
+    /// The partition's capacity.
+    pub capacity: u32,
+    /// f32, f16 or bf16, in the file and live.
+    pub precision: &'static str,
+    /// Threads.
+    pub threads: usize,
+    /// Repeats, interleaved.
+    pub repeats: usize,
+    /// The instruction set of the kernel.
+    pub kernel: String,
+    /// Bytes of the Linears' live weights.
+    pub model_bytes: u64,
+    /// Bytes of the adapters' factors in memory.
+    pub adapter_bytes: u64,
+    /// Bytes that merging all adapters writes.
+    pub bytes_written: u64,
+    /// Copying the rows that a merge writes from the mapped file to the live weights.
+    pub copy_ms: f64,
+    /// Merging all adapters into the pristine model.
+    pub merge_ms: f64,
+    /// `merge_ms / copy_ms`.
+    pub merge_over_copy: f64,
+    /// Exchanging one adapter for another of the same slot.
+    pub swap_one_ms: f64,
+    /// `swap_one_ms / merge_ms`.
+    pub swap_over_merge: f64,
+    /// Removing all adapters.
+    pub remove_all_ms: f64,
+    /// Whether removing all adapters gave back the file's bits in every repeat.
+    pub remove_all_exact: bool,
+    /// The most memory that the first merge took beyond the model and the adapters given to it; none where the
+    /// system does not tell.
+    pub peak_bytes_over_model: Option<u64>,
+    /// `peak_bytes_over_model / model_bytes`.
+    pub peak_over_model: Option<f64>,
+}
+
+/// Merges `adapters` adapters of `rank` on random weights of `shape` in a mapped temporary file, in turns with a copy
+/// of the same bytes, on `threads` threads.
+pub fn merge(
+    shape: Shape,
+    adapters: usize,
+    rank: usize,
+    capacity: u32,
+    precision: DType,
+    threads: usize,
+    repeats: usize,
+) -> Result<BenchMerge> {
+    let name = match precision {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        other => return Err(Error::option("precision", format!("{other:?}"), "it must be f32, f16 or bf16")),
+    };
+    let in_range = |name, value: usize, max: usize| {
+        let reason = format!("it must be 1 to {max}");
+        if (1..=max).contains(&value) { Ok(()) } else { Err(Error::option(name, value, reason)) }
+    };
+    in_range("capacity", capacity as usize, 4096)?;
+    in_range("adapters", adapters, capacity as usize)?;
+    in_range("rank", rank, 1024)?;
+    in_range("threads", threads, 1024)?;
+    in_range("repeats", repeats, 10_000)?;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .map_err(|e| Error::option("threads", threads, e.to_string()))?;
+    let layers = shape.attention_layers();
+    let folder = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
+    let path = folder.path().join("model.safetensors");
+    write_random(&layers, precision, &path)?;
+    let file = WeightFile::open(path)?;
+    let targets = layers
+        .iter()
+        .map(|info| {
+            let pristine = file.view(&info.name)?;
+            Ok(Target { info: info.clone(), live: pristine.load(precision, &Device::Cpu)?, pristine })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    // Adapter 0 has a second version, to be swapped in.
+    let concepts = (0..=adapters)
+        .into_par_iter()
+        .map(|i| random_adapter(&layers, rank, capacity, (i % adapters) as u32, i as u64))
+        .collect::<Result<Vec<_>>>()?;
+    let all: Vec<(Arc<AdapterFactors>, f32)> = concepts[..adapters].iter().map(|a| (a.clone(), 1.0)).collect();
+    let mut swapped = all.clone();
+    swapped[0].0 = concepts[adapters].clone();
+
+    let written: Vec<usize> = layers.iter().map(|info| adapters * info.rows / capacity as usize).collect();
+    let mut merger = Merger::new(targets.clone())?;
+    let strategy = Blocklora::default();
+    let mut times = [const { Vec::new() }; 4];
+    let (mut bytes_written, mut peak, mut exact) = (0, None, true);
+    pool.install(|| -> Result<()> {
+        for repeat in 0..=repeats {
+            let start = Instant::now();
+            targets.par_iter().zip(&written).try_for_each(|(target, &rows)| copy_rows(target, rows))?;
+            let copy = start.elapsed().as_secs_f64();
+            let before = if repeat == 0 { memory::reset_peak().and_then(|()| memory::resident()) } else { None };
+            let merge = merger.apply(&all, &strategy)?;
+            peak = peak.or_else(|| Some(memory::peak()?.saturating_sub(before?)));
+            let swap = merger.apply(&swapped, &strategy)?;
+            exact &= !is_pristine(&targets)?;
+            let remove = merger.apply(&[], &strategy)?;
+            exact &= is_pristine(&targets)?;
+            bytes_written = merge.bytes_written;
+            // The first round warms up.
+            if repeat > 0 {
+                let round = [copy, merge.seconds, swap.seconds, remove.seconds];
+                times.iter_mut().zip(round).for_each(|(times, seconds)| times.push(1e3 * seconds));
+            }
+        }
+        Ok(())
+    })?;
+    let [copy_ms, merge_ms, swap_one_ms, remove_all_ms] = times.map(median);
+    let model_bytes = targets.iter().map(|target| target.pristine.bytes().len() as u64).sum::<u64>();
+    Ok(BenchMerge {
+        shape,
+        adapters,
+        rank,
+        capacity,
+        precision: name,
+        threads,
+        repeats,
+        kernel: format!("{:?}", Isa::detect()).to_lowercase(),
+        model_bytes,
+        adapter_bytes: all.iter().map(|(adapter, _)| adapter.bytes() as u64).sum(),
+        bytes_written,
+        copy_ms,
+        merge_ms,
+        merge_over_copy: merge_ms / copy_ms,
+        swap_one_ms,
+        swap_over_merge: swap_one_ms / merge_ms,
+        remove_all_ms,
+        remove_all_exact: exact,
+        peak_bytes_over_model: peak,
+        peak_over_model: peak.map(|peak| peak as f64 / model_bytes as f64),
+    })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Whether the live weights have the file's bits.
+fn is_pristine(targets: &[Target]) -> Result<bool> {
+    let same = targets.par_iter().map(|target| crate::merge::is_pristine(target));
+    same.try_reduce(|| true, |one, other| Ok(one && other))
+}
+
+fn random_adapter(
+    layers: &[LayerInfo],
+    rank: usize,
+    capacity: u32,
+    slot: u32,
+    seed: u64,
+) -> Result<Arc<AdapterFactors>> {
+    let partition = Partition { scheme: Scheme::Contiguous, capacity, seed: 0, slot };
+    let layers = layers.iter().zip(0..).map(|(info, lane)| {
+        let mut rng = Rng::new(seed, Stream::Test, 0, lane);
+        let rows = partition.rows(info.rows);
+        let mut values = |count: usize| (0..count).map(|_| rng.uniform() - 0.5).collect();
+        let (a, b) = (values(rank * info.columns), values(rows.len() * rank));
+        AdapterLayer { name: info.name.clone(), outputs: info.rows, columns: info.columns, rank, rows, a, b }
+    });
+    Ok(Arc::new(AdapterFactors::new(format!("concept {seed}"), 1.0, layers.collect())?))
+}
+
+/// Random weights, made when they are written.
+struct RandomTensor {
+    shape: [usize; 2],
+    precision: DType,
+    lane: u16,
+}
+
+impl safetensors::View for RandomTensor {
+    fn dtype(&self) -> Dtype {
+        match self.precision {
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            _ => Dtype::F32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut rng = Rng::new(0, Stream::Test, 1, self.lane);
+        let mut bytes = Vec::with_capacity(self.data_len());
+        for _ in 0..self.shape[0] * self.shape[1] {
+            let value = rng.uniform() - 0.5;
+            match self.precision {
+                DType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+                DType::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+                _ => bytes.extend(value.to_le_bytes()),
+            }
+        }
+        bytes.into()
+    }
+    fn data_len(&self) -> usize {
+        self.shape[0] * self.shape[1] * self.precision.size_in_bytes()
+    }
+}
+
+fn write_random(layers: &[LayerInfo], precision: DType, path: &std::path::Path) -> Result<()> {
+    let tensor = |(info, lane): (&LayerInfo, u16)| {
+        (info.name.clone(), RandomTensor { shape: [info.rows, info.columns], precision, lane })
+    };
+    let tensors: BTreeMap<String, RandomTensor> = layers.iter().zip(0..).map(tensor).collect();
+    safetensors::serialize_to_file(tensors, None, path).map_err(|e| Error::invalid_file(path, e.to_string()))
+}
