@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt, shortened};
 use crate::header::{self, Entry, Header};
 use crate::manifest::{Fault, Manifest, is_name, layer_name_fault};
 use crate::map::Content;
@@ -160,24 +160,47 @@ fn read_manifest(path: &Path, header: &Header) -> Result<Manifest> {
     let entry = |key: &'static str| header.metadata.get(key).ok_or(Error::MissingMetadata { path: path.into(), key });
     let version = entry(KEY_SPEC)?;
     if version != VERSION {
-        return Err(Error::UnknownVersion { path: path.into(), version: version.clone(), known: VERSION });
+        return Err(Error::UnknownVersion { path: path.into(), version: shortened(version), known: VERSION });
     }
     if let Some(key) = header.metadata.keys().find(|key| !KEYS.contains(&key.as_str())) {
-        return Err(Error::UnknownMetadata { path: path.into(), key: key.clone() });
+        return Err(Error::UnknownMetadata { path: path.into(), key: shortened(key) });
     }
     let text = entry(KEY_MANIFEST)?;
     json::check(path, "manifest", text.as_bytes(), limits::MANIFEST_DEPTH_MAX)?;
-    let manifest: Manifest = serde_json::from_str(text).map_err(|e| Error::Json {
-        path: path.into(),
-        part: "manifest",
-        reason: e.to_string(),
+    if let Some((field, reason)) = lenient_form(text) {
+        return Err(Error::Field { path: path.into(), field, reason: reason.into() });
+    }
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let manifest: Manifest = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
+        let (path, reason) = (path.into(), excerpt(&e.inner().to_string()));
+        match e.path().to_string().as_str() {
+            "." => Error::Json { path, part: "manifest", reason },
+            field => Error::Field { path, field: excerpt(field), reason },
+        }
     })?;
     manifest.validate().map_err(|Fault { field, reason }| Error::Field { path: path.into(), field, reason })?;
     let (expected, actual) = (entry(KEY_MANIFEST_DIGEST)?, hex(&Sha256::digest(text)));
     if *expected != actual {
-        return Err(Error::Digest { path: path.into(), part: "manifest", expected: expected.clone(), actual });
+        return Err(Error::Digest { path: path.into(), part: "manifest", expected: excerpt(expected), actual });
     }
     Ok(manifest)
+}
+
+/// The first field of the manifest `text` in a form that serde's derived readers take and other readers do not: an
+/// array of the fields' values for an object, or an object with one key for a choice of words.
+fn lenient_form(text: &str) -> Option<(String, &'static str)> {
+    let manifest: serde_json::Value = serde_json::from_str(text).ok()?;
+    let tokens = manifest.get("tokens").and_then(serde_json::Value::as_array).map_or(0, Vec::len);
+    let objects = ["", "/base", "/algorithm", "/partition", "/training"].map(str::to_owned).into_iter();
+    for at in objects.chain((0..tokens).map(|i| format!("/tokens/{i}"))) {
+        if manifest.pointer(&at).is_some_and(serde_json::Value::is_array) {
+            let field = if at.is_empty() { "all of it".into() } else { at[1..].replace('/', ".") };
+            return Some((field, "must be an object, not an array"));
+        }
+    }
+    let words = ["/kind", "/delta", "/partition/scheme"].into_iter();
+    let mut lenient = words.filter(|at| manifest.pointer(at).is_some_and(serde_json::Value::is_object));
+    lenient.next().map(|at| (at[1..].replace('/', "."), "must be a string, not an object"))
 }
 
 /// Fails unless the file has exactly the tensors that the manifest announces.

@@ -5,13 +5,13 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
-use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::VERSION;
 use crate::adapter::{Adapter, KEY_MANIFEST, KEY_MANIFEST_DIGEST, KEY_SPEC, TokenVectors, hex};
 use crate::dtype::Storage;
 use crate::error::{Error, Result};
+use crate::header;
 use crate::manifest::{Fault, Manifest};
 
 /// One layer's factors to be written.
@@ -74,9 +74,9 @@ impl AdapterBuilder {
         let path = path.as_ref();
         let mut manifest = self.manifest.clone();
         let mut hasher = Sha256::new();
-        let mut header = serde_json::Map::new();
-        let mut data = Vec::new();
-        for (name, ([rows, columns], bytes)) in &self.tensors {
+        let mut tensors = Vec::new();
+        for (name, (shape, bytes)) in &self.tensors {
+            let [rows, columns] = shape;
             let elements = bytes.len() / self.storage.size();
             if rows.checked_mul(*columns) != Some(elements) {
                 return Err(Error::Shape {
@@ -86,12 +86,9 @@ impl AdapterBuilder {
                     reason: format!("{elements} numbers were given"),
                 });
             }
-            let dtype = self.storage.name();
-            hasher.update(format!("{name} {dtype} {rows},{columns}\n"));
+            hasher.update(format!("{name} {} {rows},{columns}\n", self.storage.name()));
             hasher.update(bytes);
-            let offsets = [data.len(), data.len() + bytes.len()];
-            header.insert(name.clone(), json!({"dtype": dtype, "shape": [rows, columns], "data_offsets": offsets}));
-            data.extend_from_slice(bytes);
+            tensors.push((name.as_str(), self.storage, shape.as_slice(), bytes.as_slice()));
         }
         manifest.tensor_digest = hex(&hasher.finalize());
         // Before it becomes JSON, which has no way to write the NaN that the reader would complain about.
@@ -99,13 +96,12 @@ impl AdapterBuilder {
         let json_error =
             |e: serde_json::Error| Error::Json { path: path.into(), part: "manifest", reason: e.to_string() };
         let text = serde_json::to_string(&manifest).map_err(json_error)?;
-        let metadata = json!({
-            KEY_SPEC: VERSION,
-            KEY_MANIFEST_DIGEST: hex(&Sha256::digest(&text)),
-            KEY_MANIFEST: text,
-        });
-        header.insert("__metadata__".into(), metadata);
-        let bytes = container(&header.into(), &data);
+        let metadata = BTreeMap::from([
+            (KEY_SPEC, VERSION.to_owned()),
+            (KEY_MANIFEST_DIGEST, hex(&Sha256::digest(&text))),
+            (KEY_MANIFEST, text),
+        ]);
+        let bytes = header::write(path, &metadata, &tensors)?;
         Adapter::from_bytes(path, bytes.clone())?;
         Ok(bytes)
     }
@@ -130,17 +126,6 @@ pub fn write(
 ) -> Result<String> {
     let builder = layers.iter().fold(AdapterBuilder::new(manifest, storage), |b, layer| b.layer(*layer));
     tokens.iter().fold(builder, |b, token| b.token(token)).write(path)
-}
-
-/// A safetensors file: 8 bytes of length, header padded with spaces to 8 bytes, data.
-pub(crate) fn container(header: &serde_json::Value, data: &[u8]) -> Vec<u8> {
-    let mut text = header.to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let mut bytes = Vec::with_capacity(8 + text.len() + data.len());
-    bytes.extend((text.len() as u64).to_le_bytes());
-    bytes.extend(text);
-    bytes.extend(data);
-    bytes
 }
 
 /// Writes `bytes` to `path` so that a reader, also after a crash, sees the old file or the new one and nothing else:

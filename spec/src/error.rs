@@ -155,6 +155,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A tensor's entry in the header is not the object that it must be.
+    #[error("{path}: tensor {tensor:?}: header entry: {reason}")]
+    TensorEntry {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with the entry.
+        reason: String,
+    },
     /// A tensor that the manifest or another tensor asks for is not there.
     #[error("{path}: tensor {tensor:?} is missing: {reason}")]
     MissingTensor {
@@ -260,5 +270,23 @@ impl Error {
     /// An [`Error::Io`] for `path`.
     pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::Io { path: path.into(), source }
+    }
+}
+
+/// Foreign text for a message: nothing that a terminal might obey, and not more than a line or two.
+pub(crate) fn excerpt(text: &str) -> String {
+    let mut out = String::new();
+    for c in shortened(text).chars() {
+        if matches!(c, '"' | '\'' | '\\') { out.push(c) } else { out.extend(c.escape_debug()) }
+    }
+    out
+}
+
+/// The same for text that is shown with `{:?}`, which escapes by itself.
+pub(crate) fn shortened(text: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    match text.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
     }
 }

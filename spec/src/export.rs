@@ -6,19 +6,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::adapter::{Adapter, LayerFactors};
-use crate::builder::{container, write_atomically};
+use crate::builder::write_atomically;
 use crate::dtype::Storage;
 use crate::error::{Error, Result};
-use crate::limits;
+use crate::{header, limits};
 
 /// Tensors to be written, and the header's metadata.
 #[derive(Default)]
 struct File {
     tensors: BTreeMap<String, (Storage, Vec<usize>, Vec<u8>)>,
-    metadata: BTreeMap<String, String>,
+    metadata: BTreeMap<&'static str, String>,
 }
 
 impl File {
@@ -29,20 +29,14 @@ impl File {
     }
 
     fn write(self, path: &Path) -> Result<()> {
-        let mut header = serde_json::Map::new();
-        if !self.metadata.is_empty() {
-            header.insert("__metadata__".into(), json!(self.metadata));
-        }
+        let mut tensors: Vec<_> = self
+            .tensors
+            .iter()
+            .map(|(name, (storage, shape, bytes))| (&**name, *storage, &**shape, &**bytes))
+            .collect();
         // Wide types first keeps every tensor aligned.
-        let mut tensors: Vec<_> = self.tensors.into_iter().collect();
-        tensors.sort_by_key(|(_, (storage, ..))| std::cmp::Reverse(storage.size()));
-        let mut data = Vec::new();
-        for (name, (storage, shape, bytes)) in tensors {
-            let offsets = [data.len(), data.len() + bytes.len()];
-            header.insert(name, json!({"dtype": storage.name(), "shape": shape, "data_offsets": offsets}));
-            data.extend(bytes);
-        }
-        write_atomically(path, &container(&Value::Object(header), &data))
+        tensors.sort_by_key(|(_, storage, ..)| std::cmp::Reverse(storage.size()));
+        write_atomically(path, &header::write(path, &self.metadata, &tensors)?)
     }
 }
 
@@ -123,15 +117,15 @@ pub fn kohya(adapter: &Adapter, path: impl AsRef<Path>) -> Result<()> {
     }
     let manifest = adapter.manifest();
     file.metadata = BTreeMap::from([
-        ("ss_network_module".into(), "networks.lora".into()),
-        ("ss_network_dim".into(), manifest.rank.to_string()),
-        ("ss_network_alpha".into(), alpha.to_string()),
-        ("ss_seed".into(), manifest.training.seed.to_string()),
-        ("ss_steps".into(), manifest.training.steps.to_string()),
-        ("modelspec.title".into(), manifest.name.clone()),
+        ("ss_network_module", "networks.lora".into()),
+        ("ss_network_dim", manifest.rank.to_string()),
+        ("ss_network_alpha", alpha.to_string()),
+        ("ss_seed", manifest.training.seed.to_string()),
+        ("ss_steps", manifest.training.steps.to_string()),
+        ("modelspec.title", manifest.name.clone()),
     ]);
     if let Some(licence) = &manifest.licence {
-        file.metadata.insert("modelspec.license".into(), licence.clone());
+        file.metadata.insert("modelspec.license", licence.clone());
     }
     file.write(path.as_ref())
 }
@@ -148,7 +142,7 @@ pub fn diffusers(adapter: &Adapter, path: impl AsRef<Path>) -> Result<()> {
         let name = &layer.name;
         Some(Names { a: format!("{name}.{infix}.down.weight"), b: format!("{name}.{infix}.up.weight") })
     });
-    file.metadata.insert("format".into(), "pt".into());
+    file.metadata.insert("format", "pt".into());
     file.write(path.as_ref())
 }
 
@@ -176,7 +170,7 @@ pub fn peft(adapter: &Adapter, folder: impl AsRef<Path>) -> Result<Vec<PathBuf>>
             let name = format!("base_model.model.{}", module(layer)?);
             Some(Names { a: format!("{name}.lora_A.weight"), b: format!("{name}.lora_B.weight") })
         });
-        file.metadata.insert("format".into(), "pt".into());
+        file.metadata.insert("format", "pt".into());
         let config = json!({
             "peft_type": "LORA",
             "r": adapter.manifest().rank,

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::dtype::Storage;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt, shortened};
 use crate::{json, limits};
 
 /// One tensor's place in the file.
@@ -29,19 +30,49 @@ pub(crate) struct Header {
 }
 
 #[derive(Deserialize)]
-struct RawHeader {
-    #[serde(rename = "__metadata__", default)]
-    metadata: BTreeMap<String, String>,
-    #[serde(flatten)]
-    tensors: BTreeMap<String, RawEntry>,
-}
-
-#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawEntry {
     dtype: String,
     shape: Vec<u64>,
     data_offsets: [u64; 2],
+}
+
+/// A tensor to be written: name, type, shape, bytes.
+pub(crate) type Tensor<'a> = (&'a str, Storage, &'a [usize], &'a [u8]);
+
+/// The bytes of a file with these tensors, in this order. The order of keys does not depend on how serde_json is built.
+pub(crate) fn write(path: &Path, metadata: &BTreeMap<&str, String>, tensors: &[Tensor<'_>]) -> Result<Vec<u8>> {
+    #[derive(Serialize)]
+    struct NewEntry<'a> {
+        dtype: &'a str,
+        shape: &'a [usize],
+        data_offsets: [usize; 2],
+    }
+    #[derive(Serialize)]
+    struct NewHeader<'a> {
+        #[serde(rename = "__metadata__")]
+        metadata: &'a BTreeMap<&'a str, String>,
+        #[serde(flatten)]
+        tensors: BTreeMap<&'a str, NewEntry<'a>>,
+    }
+    let mut end = 0;
+    let entries = tensors.iter().map(|&(name, dtype, shape, bytes)| {
+        let begin = end;
+        end += bytes.len();
+        (name, NewEntry { dtype: dtype.name(), shape, data_offsets: [begin, end] })
+    });
+    let header = NewHeader { metadata, tensors: entries.collect() };
+    let mut text = serde_json::to_vec(&header).map_err(|e| Error::Json {
+        path: path.into(),
+        part: "header",
+        reason: e.to_string(),
+    })?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut file = Vec::with_capacity(8 + text.len() + end);
+    file.extend((text.len() as u64).to_le_bytes());
+    file.extend(text);
+    tensors.iter().for_each(|(.., bytes)| file.extend_from_slice(bytes));
+    Ok(file)
 }
 
 /// Reads and checks the header of `file`, the whole content of `path`.
@@ -70,30 +101,44 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
         return Err(invalid("does not begin with '{': this is not a safetensors file".into()));
     }
     json::check(path, "header", text, limits::HEADER_DEPTH_MAX)?;
-    let raw: RawHeader = serde_json::from_slice(text).map_err(|e| invalid(e.to_string()))?;
-
+    let mut raw: BTreeMap<String, Value> =
+        serde_json::from_slice(text).map_err(|e| invalid(excerpt(&e.to_string())))?;
+    let metadata = match raw.remove("__metadata__") {
+        Some(value) => serde_json::from_value(value).map_err(|e| invalid(excerpt(&format!("__metadata__: {e}"))))?,
+        None => BTreeMap::new(),
+    };
     let base = 8 + length as usize;
     let mut tensors = BTreeMap::new();
-    for (name, entry) in raw.tensors {
+    for (name, entry) in raw {
         let entry = check_entry(path, &name, entry, base, data.len() as u64)?;
         tensors.insert(name, entry);
     }
     check_cover(path, &tensors, base, data.len())?;
-    Ok(Header { metadata: raw.metadata, tensors })
+    Ok(Header { metadata, tensors })
 }
 
-fn check_entry(path: &Path, name: &str, raw: RawEntry, base: usize, data_len: u64) -> Result<Entry> {
+fn check_entry(path: &Path, name: &str, raw: Value, base: usize, data_len: u64) -> Result<Entry> {
+    if name.len() > limits::TENSOR_NAME_BYTES_MAX {
+        let reason = format!("the name is longer than {} bytes", limits::TENSOR_NAME_BYTES_MAX);
+        return Err(Error::TensorName { path: path.into(), tensor: shortened(name), reason });
+    }
+    let entry = |reason: String| Error::TensorEntry { path: path.into(), tensor: name.into(), reason };
+    if !raw.is_object() {
+        // serde would take an array of the fields' values, too.
+        return Err(entry("must be an object".into()));
+    }
+    let raw: RawEntry = serde_json::from_value(raw).map_err(|e| entry(excerpt(&e.to_string())))?;
     let [begin, end] = raw.data_offsets;
     let offsets =
         |reason: String| Error::Offsets { path: path.into(), tensor: name.into(), offsets: [begin, end], reason };
     let shape = |reason: &str| Error::Shape {
         path: path.into(),
         tensor: name.into(),
-        shape: raw.shape.clone(),
+        shape: raw.shape.iter().copied().take(8).collect(),
         reason: reason.into(),
     };
     let Some(dtype) = Storage::from_name(&raw.dtype) else {
-        return Err(Error::Dtype { path: path.into(), tensor: name.into(), dtype: raw.dtype });
+        return Err(Error::Dtype { path: path.into(), tensor: name.into(), dtype: shortened(&raw.dtype) });
     };
     let &[rows, columns] = raw.shape.as_slice() else {
         return Err(shape("must have two dimensions"));

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt, shortened};
 
 /// Fails unless `text` is one JSON value, nested at most `depth_max` deep, without a key that occurs twice in one
 /// object. `part` ("header" or "manifest") goes into the error. Allocates no more than a small multiple of `text`.
@@ -19,9 +19,13 @@ pub(crate) fn check(path: &Path, part: &'static str, text: &[u8], depth_max: usi
     let outcome = seed.deserialize(&mut reader).and_then(|()| reader.end());
     match (outcome, fault.into_inner()) {
         (Ok(()), _) => Ok(()),
-        (Err(_), Some(Fault::Duplicate(key))) => Err(Error::DuplicateKey { path: path.into(), part, key }),
+        (Err(_), Some(Fault::Duplicate(key))) => {
+            Err(Error::DuplicateKey { path: path.into(), part, key: shortened(&key) })
+        }
         (Err(_), Some(Fault::Deep)) => Err(Error::TooDeep { path: path.into(), part, limit: depth_max }),
-        (Err(e), None) => Err(Error::Json { path: path.into(), part, reason: format!("not valid JSON: {e}") }),
+        (Err(e), None) => {
+            Err(Error::Json { path: path.into(), part, reason: excerpt(&format!("not valid JSON: {e}")) })
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::error::shortened;
 use crate::limits;
 use crate::partition::Partition;
 
@@ -137,6 +138,10 @@ fn ensure(ok: bool, field: impl Into<String>, reason: impl Into<String>) -> Resu
 
 const NAME_RULE: &str = "must be 1 to 64 ASCII letters, digits, '_' or '-', beginning with a letter or digit";
 
+fn ensure_name(name: &str, field: impl Into<String>) -> Result<(), Fault> {
+    ensure(is_name(name), field, format!("{:?} {NAME_RULE}", shortened(name)))
+}
+
 /// Whether `name` can name a concept or a token. Such a name is also safe as a file name.
 pub(crate) fn is_name(name: &str) -> bool {
     name.len() <= 64
@@ -198,12 +203,12 @@ impl Manifest {
     /// Checks every field for itself; tensors are checked against it later.
     pub(crate) fn validate(&self) -> Result<(), Fault> {
         const HEX_RULE: &str = "must be a SHA-256 digest: 64 lower-case hexadecimal digits";
-        ensure(is_name(&self.name), "name", NAME_RULE)?;
+        ensure_name(&self.name, "name")?;
         ensure(is_text(&self.class_word, 64), "class_word", "must be 1 to 64 characters, none of them control")?;
         self.validate_tokens()?;
         ensure(is_text(&self.base.architecture, 256), "base.architecture", "must be 1 to 256 characters")?;
         ensure(is_hex_digest(&self.base.digest), "base.digest", HEX_RULE)?;
-        ensure(is_name(&self.algorithm.id), "algorithm.id", NAME_RULE)?;
+        ensure_name(&self.algorithm.id, "algorithm.id")?;
         ensure(is_text(&self.algorithm.version, 64), "algorithm.version", "must be 1 to 64 characters")?;
         ensure(self.algorithm.digest.as_deref().is_none_or(is_hex_digest), "algorithm.digest", HEX_RULE)?;
         ensure(self.algorithm.config.is_object(), "algorithm.config", "must be an object")?;
@@ -212,8 +217,8 @@ impl Manifest {
         }
         let rank_ok = (1..=limits::RANK_MAX).contains(&self.rank);
         ensure(rank_ok, "rank", format!("{} is not in 1..={}", self.rank, limits::RANK_MAX))?;
-        let alpha_ok = self.alpha.is_finite() && self.alpha > 0.0;
-        ensure(alpha_ok, "alpha", format!("{} is not a positive finite number", self.alpha))?;
+        let alpha_ok = self.alpha.is_normal() && self.alpha > 0.0;
+        ensure(alpha_ok, "alpha", format!("{} is not a positive normal number", self.alpha))?;
         self.validate_outputs()?;
         let lambda_ok = (0.0..1.0).contains(&self.erasure_lambda);
         ensure(lambda_ok, "erasure_lambda", format!("{} is not in 0..1", self.erasure_lambda))?;
@@ -230,7 +235,7 @@ impl Manifest {
         ensure(count <= limits::TOKENS_MAX, "tokens", format!("{count} tokens, at most {}", limits::TOKENS_MAX))?;
         let mut seen = BTreeSet::new();
         for (i, token) in self.tokens.iter().enumerate() {
-            ensure(is_name(&token.name), format!("tokens[{i}].name"), NAME_RULE)?;
+            ensure_name(&token.name, format!("tokens[{i}].name"))?;
             ensure(seen.insert(&token.name), format!("tokens[{i}].name"), format!("{:?} occurs twice", token.name))?;
             let ok = (1..=limits::VECTORS_MAX).contains(&token.vectors);
             let reason = format!("{} is not in 1..={}", token.vectors, limits::VECTORS_MAX);
@@ -242,7 +247,7 @@ impl Manifest {
     fn validate_outputs(&self) -> Result<(), Fault> {
         for (name, &m) in &self.outputs {
             if let Some(reason) = layer_name_fault(name) {
-                return ensure(false, format!("outputs[{name:?}]"), reason);
+                return ensure(false, format!("outputs[{:?}]", shortened(name)), reason);
             }
             let ok = (1..=limits::LAYER_WIDTH_MAX).contains(&m);
             ensure(ok, format!("outputs[{name:?}]"), format!("{m} is not in 1..={}", limits::LAYER_WIDTH_MAX))?;

@@ -79,7 +79,7 @@ fn invalid_adapters_are_not_written() {
         (AdapterBuilder::new(&Manifest { tokens: vec![], ..good.clone() }, Storage::F32), "no tensors"),
         (
             AdapterBuilder::new(&Manifest { name: "../milo".into(), ..good.clone() }, Storage::F32),
-            "manifest: name: must",
+            "manifest: name: \"../milo\" must",
         ),
         (AdapterBuilder::new(&Manifest { alpha: f32::NAN, ..good.clone() }, Storage::F32), "alpha"),
         (

@@ -1,6 +1,8 @@
 //! Adapters for tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod raw;
+
 use std::collections::BTreeMap;
 
 use blocklora_spec::rng::{Rng, Stream};
