@@ -136,14 +136,15 @@ fn ensure(ok: bool, field: impl Into<String>, reason: impl Into<String>) -> Resu
     if ok { Ok(()) } else { Err(Fault { field: field.into(), reason: reason.into() }) }
 }
 
-const NAME_RULE: &str = "must be 1 to 64 ASCII letters, digits, '_' or '-', beginning with a letter or digit";
+/// What a name must be, as a phrase for error messages: "... must be 1 to 64 ...".
+pub const NAME_RULE: &str = "must be 1 to 64 ASCII letters, digits, '_' or '-', beginning with a letter or digit";
 
 fn ensure_name(name: &str, field: impl Into<String>) -> Result<(), Fault> {
     ensure(is_name(name), field, format!("{:?} {NAME_RULE}", shortened(name)))
 }
 
 /// Whether `name` can name a concept or a token. Such a name is also safe as a file name.
-pub(crate) fn is_name(name: &str) -> bool {
+pub fn is_name(name: &str) -> bool {
     name.len() <= 64
         && name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric)
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')

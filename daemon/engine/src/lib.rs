@@ -13,6 +13,7 @@ pub use blocklora_spec::rng;
 pub mod sample;
 pub mod score;
 pub mod text;
+pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,0 +1,81 @@
+//! What a training step costs.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::concept::Concept;
+use super::config::TrainConfig;
+use super::dataset::Dataset;
+use super::engine_host::{EngineHost, Progress};
+use super::host::Trainer;
+use crate::error::{Error, Result};
+use crate::image::Picture;
+use crate::model::Model;
+use crate::rng::{Rng, Stream};
+
+/// The cost of a training step.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchStep {
+    /// Steps measured, after one to warm up.
+    pub steps: usize,
+    /// Pictures per step.
+    pub batch_size: usize,
+    /// Median milliseconds of a step.
+    pub step_ms: f64,
+    /// Fastest and slowest.
+    pub step_ms_range: [f64; 2],
+    /// Peak resident bytes of the process.
+    pub peak_resident_bytes: u64,
+    /// Trained numbers.
+    pub parameters: usize,
+}
+
+/// Runs `config.steps` training steps of `trainer` on pictures of noise and reports what they cost. Nothing is written.
+pub fn bench_step(
+    model: &Model,
+    trainer: &dyn Fn(Concept, TrainConfig) -> Box<dyn Trainer>,
+    class_word: &str,
+    config: &TrainConfig,
+) -> Result<BenchStep> {
+    if config.steps < 2 {
+        return Err(Error::option("steps", config.steps, "at least 2 are needed: the first one warms up"));
+    }
+    let side = model.latent_shape().1 * model.vae().downscale();
+    let mut rng = Rng::new(0, Stream::Test, 0, 0);
+    let pictures = (0..4)
+        .map(|_| Ok((Picture::new(side, side, noise(&mut rng, 3 * side * side))?, None)))
+        .collect::<Result<Vec<_>>>()?;
+    let dataset = Dataset::from_pictures(pictures)?;
+    let mut times = Vec::with_capacity(config.steps);
+    let mut last = Instant::now();
+    let mut record = |_: Progress| {
+        times.push(last.elapsed().as_secs_f64() * 1e3);
+        last = Instant::now();
+        Ok(())
+    };
+    let concept = Concept { name: "bench".into(), class_word: class_word.into(), kind: blocklora_spec::Kind::Subject };
+    let mut host = EngineHost::new(model, &dataset, 0, None, false, &mut record);
+    let parameters = trainer(concept, config.clone()).train(&mut host)?.tensors().map(Vec::len).sum();
+    let mut times = times.split_off(1);
+    times.sort_by(f64::total_cmp);
+    Ok(BenchStep {
+        steps: times.len(),
+        batch_size: config.batch_size,
+        step_ms: times[times.len() / 2],
+        step_ms_range: [times[0], times[times.len() - 1]],
+        peak_resident_bytes: peak_resident_bytes(),
+        parameters,
+    })
+}
+
+fn noise(rng: &mut Rng, len: usize) -> Vec<u8> {
+    (0..len).map(|_| rng.next_u32() as u8).collect()
+}
+
+/// VmHWM of this process; 0 where the system does not say.
+fn peak_resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}

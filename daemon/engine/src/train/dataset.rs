@@ -1,0 +1,178 @@
+//! The pictures of a concept and how they are laid on the training canvas.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::host::Placement;
+use crate::error::{Error, Result};
+use crate::image::{Filter, Picture};
+use crate::weights::hex;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MetadataLine {
+    file_name: String,
+    text: String,
+}
+
+/// Captions by file name; empty if there is no such file.
+fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    let mut captions = BTreeMap::new();
+    for (number, line) in (1..).zip(read_optional(path)?.unwrap_or_default().lines()) {
+        if !line.trim().is_empty() {
+            let line: MetadataLine =
+                serde_json::from_str(line).map_err(|e| Error::invalid_file(path, format!("line {number}: {e}")))?;
+            captions.insert(line.file_name, line.text);
+        }
+    }
+    Ok(captions)
+}
+
+fn read_optional(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
+    }
+}
+
+/// Pictures with their captions, in a fixed order.
+#[derive(Debug)]
+pub struct Dataset {
+    pictures: Vec<Picture>,
+    captions: Vec<Option<String>>,
+    digest: String,
+}
+
+impl Dataset {
+    /// Loads every PNG, JPEG or WebP file of `folder`, by name. Captions come from `metadata.jsonl` (lines of
+    /// `{"file_name": "x.png", "text": "..."}`), else from `x.txt` beside `x.png`, else there is none; in a caption
+    /// `{c}` stands for the concept.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
+        let mut files = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(|e| Error::io(folder, e))?.path();
+            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+            if ["png", "jpg", "jpeg", "webp"].contains(&extension.as_str()) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        if files.is_empty() {
+            return Err(Error::invalid_file(folder, "there is no picture (.png, .jpg, .jpeg or .webp) in this folder"));
+        }
+        let listed = read_metadata(&folder.join("metadata.jsonl"))?;
+        let mut items = Vec::new();
+        for path in files {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
+            let caption = match listed.get(name) {
+                Some(caption) => Some(caption.clone()),
+                None => read_optional(&path.with_extension("txt"))?.map(|c| c.trim().to_owned()),
+            };
+            items.push((path, caption));
+        }
+        Self::from_files(&items)
+    }
+
+    /// Loads these files with these captions.
+    pub fn from_files(items: &[(PathBuf, Option<String>)]) -> Result<Self> {
+        let mut pictures = Vec::with_capacity(items.len());
+        for (path, caption) in items {
+            let caption = caption.as_ref().map(|c| c.replace("{c}", "{}"));
+            if caption.as_ref().is_some_and(|c| !c.contains("{}")) {
+                return Err(Error::invalid_file(path, "its caption has no {c} to stand for the concept"));
+            }
+            pictures.push((Picture::load(path)?, caption));
+        }
+        Self::from_pictures(pictures)
+    }
+
+    /// These pictures with these captions, in which `{}` stands for the concept.
+    pub fn from_pictures(items: Vec<(Picture, Option<String>)>) -> Result<Self> {
+        let mut hash = Sha256::new();
+        let (mut pictures, mut captions) = (Vec::new(), Vec::new());
+        for (picture, caption) in items {
+            hash.update((picture.width() as u64).to_le_bytes());
+            hash.update((picture.height() as u64).to_le_bytes());
+            hash.update(picture.pixels());
+            hash.update(caption.as_deref().unwrap_or("\0"));
+            hash.update([0]);
+            pictures.push(picture);
+            captions.push(caption);
+        }
+        if pictures.is_empty() {
+            return Err(Error::option("images", 0, "at least one picture is needed"));
+        }
+        Ok(Self { pictures, captions, digest: hex(&hash.finalize()) })
+    }
+
+    /// Pictures in it.
+    pub fn len(&self) -> usize {
+        self.pictures.len()
+    }
+
+    /// Never: an empty dataset cannot be made.
+    pub fn is_empty(&self) -> bool {
+        self.pictures.is_empty()
+    }
+
+    /// Captions, `{}` for the concept.
+    pub fn captions(&self) -> &[Option<String>] {
+        &self.captions
+    }
+
+    /// SHA-256 over sizes, pixels and captions, in hex.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Whether `placement` shows picture `index` whole and unchanged in orientation, whatever its offset.
+    pub(super) fn is_plain(&self, index: usize, placement: &Placement) -> bool {
+        let picture = &self.pictures[index];
+        placement.scale == 1.0 && !placement.flip && picture.width() == picture.height()
+    }
+
+    /// Picture `index` on a canvas of `size` x `size`: values [1, 3, size, size] in -1..=1, and which pixels it covers.
+    pub(super) fn place(
+        &self,
+        index: usize,
+        placement: &Placement,
+        size: usize,
+        device: &Device,
+    ) -> Result<(Tensor, Vec<bool>)> {
+        let picture = &self.pictures[index];
+        let (width, height) = (picture.width() as f32, picture.height() as f32);
+        // Scale 1 fills the canvas with the short side; less fits the long side into that fraction of it.
+        let side = if placement.scale >= 1.0 { width.min(height) } else { width.max(height) / placement.scale };
+        let ratio = size as f32 / side;
+        let scaled = |side: f32| ((side * ratio).round() as usize).max(1);
+        let resized = picture.resized(scaled(width), scaled(height), Filter::Bicubic)?;
+        let resized = if placement.flip { resized.mirrored() } else { resized };
+        let shift = |side: usize, at: f32| ((size as f32 - side as f32) * at).round() as isize;
+        let x0 = shift(resized.width(), placement.offset[0]);
+        let y0 = shift(resized.height(), placement.offset[1]);
+
+        let mut values = vec![0f32; 3 * size * size];
+        let mut covered = vec![false; size * size];
+        for y in 0..size {
+            for x in 0..size {
+                let (from_x, from_y) = (x as isize - x0, y as isize - y0);
+                let inside =
+                    (0..resized.width() as isize).contains(&from_x) && (0..resized.height() as isize).contains(&from_y);
+                if inside {
+                    let at = y * size + x;
+                    covered[at] = true;
+                    for (channel, value) in resized.pixel(from_x as usize, from_y as usize).into_iter().enumerate() {
+                        values[channel * size * size + at] = value as f32 / 127.5 - 1.0;
+                    }
+                }
+            }
+        }
+        Ok((Tensor::from_vec(values, (1, 3, size, size), device)?, covered))
+    }
+}

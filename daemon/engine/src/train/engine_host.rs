@@ -1,0 +1,252 @@
+//! The engine as a trainer's host: losses and gradients on the real model.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor, Var};
+
+use super::checkpoint::Checkpoint;
+use super::dataset::Dataset;
+use super::host::{ErasureMasks, Parameters, Sample, TrainHost, TrainState};
+use crate::error::{Error, Result};
+use crate::merge::strategy::LayerInfo;
+use crate::model::{Model, Prediction};
+use crate::nn::{Forward, TrainingAdapter};
+use crate::ops::LoraBranch;
+use crate::rng::{Rng, Stream};
+use crate::text::{self, ConceptSlots, Prompt, TokenisedPrompt};
+
+/// What a training run tells its caller after each step.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Steps done.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// The step's loss.
+    pub loss: f32,
+}
+
+/// Runs training steps on a model for one concept's dataset.
+pub struct EngineHost<'a> {
+    model: &'a Model,
+    dataset: &'a Dataset,
+    seed: u64,
+    /// Side of the training canvas in pixels.
+    canvas: usize,
+    latent_shape: [usize; 3],
+    checkpoint: Option<(Checkpoint, usize)>,
+    resume: bool,
+    progress: &'a mut dyn FnMut(Progress) -> Result<()>,
+    /// VAE posteriors (mean, log variance) of pictures that fill the canvas whole.
+    posteriors: HashMap<usize, (Tensor, Tensor)>,
+}
+
+impl<'a> EngineHost<'a> {
+    /// A host for `dataset` on `model`. `checkpoint`: where to save, and every how many steps; with `resume` the run
+    /// continues from what is there.
+    pub fn new(
+        model: &'a Model,
+        dataset: &'a Dataset,
+        seed: u64,
+        checkpoint: Option<(Checkpoint, usize)>,
+        resume: bool,
+        progress: &'a mut dyn FnMut(Progress) -> Result<()>,
+    ) -> Self {
+        let (channels, height, width) = model.latent_shape();
+        let latent_shape = [channels, height, width];
+        let canvas = height * model.vae().downscale();
+        Self { model, dataset, seed, canvas, latent_shape, checkpoint, resume, progress, posteriors: HashMap::new() }
+    }
+
+    fn device(&self) -> &Device {
+        self.model.device()
+    }
+
+    /// z_0 [1, C, H, W] (scaled) of a sample, and which latent pixels count, [H * W].
+    fn latents(&mut self, sample: &Sample) -> Result<(Tensor, Vec<f32>)> {
+        let [channels, height, width] = self.latent_shape;
+        let plain = self.dataset.is_plain(sample.picture, &sample.placement);
+        let cached = if plain { self.posteriors.get(&sample.picture).cloned() } else { None };
+        let (mean, log_variance, mask) = match cached {
+            Some((mean, log_variance)) => (mean, log_variance, vec![1.0; height * width]),
+            None => {
+                let device = self.device().clone();
+                let (pixels, covered) = self.dataset.place(sample.picture, &sample.placement, self.canvas, &device)?;
+                let (mean, log_variance) = self.model.vae().encode(&pixels)?;
+                if plain {
+                    self.posteriors.insert(sample.picture, (mean.clone(), log_variance.clone()));
+                }
+                (mean, log_variance, latent_mask(&covered, self.canvas, height, width))
+            }
+        };
+        let noise = Tensor::from_slice(&sample.posterior, (1, channels, height, width), self.device())?;
+        let z = (mean + ((log_variance * 0.5)?.exp()? * noise)?)?;
+        Ok(((z * self.model.vae().scaling_factor())?, mask))
+    }
+
+    /// z_t and the training target (eps or v), both [1, C, H, W].
+    fn noised(&self, z: &Tensor, sample: &Sample) -> Result<(Tensor, Tensor)> {
+        let alphas = &self.model.schedule().alphas_cumprod;
+        let alpha = *alphas.get(sample.timestep).ok_or_else(|| {
+            Error::option("timestep", sample.timestep, format!("the model's schedule has {} steps", alphas.len()))
+        })? as f64;
+        let (signal, sigma) = (alpha.sqrt(), (1.0 - alpha).sqrt());
+        let eps = Tensor::from_slice(&sample.noise, z.shape(), self.device())?;
+        let z_t = ((z * signal)? + (&eps * sigma)?)?;
+        let target = match self.model.prediction() {
+            Prediction::Epsilon => eps,
+            Prediction::VPrediction => ((eps * signal)? - (z * sigma)?)?,
+        };
+        Ok((z_t, target))
+    }
+}
+
+/// Tokenises a training prompt, in which `{}` stands for a concept of `tokens` tokens.
+pub(super) fn tokenise(model: &Model, prompt: &str, tokens: usize) -> Result<TokenisedPrompt> {
+    const NAME: &str = "concept";
+    let named = prompt.replace("{}", &format!("<{NAME}>"));
+    Prompt::parse(&named).tokenise(model.tokenizer(), &[ConceptSlots { name: NAME, tokens }])
+}
+
+/// A latent pixel counts if the picture covers the middle of its pixels.
+fn latent_mask(covered: &[bool], canvas: usize, height: usize, width: usize) -> Vec<f32> {
+    let (step_y, step_x) = (canvas / height, canvas / width);
+    let middle = |y: usize, x: usize| covered[(y * step_y + step_y / 2) * canvas + x * step_x + step_x / 2];
+    (0..height * width).map(|i| f32::from(middle(i / width, i % width))).collect()
+}
+
+/// The parameters as variables, and the training adapters made of them.
+struct Variables {
+    factors: Vec<(Var, Var)>,
+    tokens: Vec<Var>,
+    adapters: Vec<Option<TrainingAdapter>>,
+}
+
+impl Variables {
+    fn new(parameters: &Parameters, masks: &ErasureMasks, layers: &[LayerInfo], device: &Device) -> Result<Self> {
+        let mut factors = Vec::with_capacity(parameters.factors.len());
+        let mut adapters = vec![None; layers.len()];
+        for (i, f) in parameters.factors.iter().enumerate() {
+            let layer = layers
+                .get(f.layer)
+                .ok_or_else(|| Error::option("layer", f.layer, format!("the model has {} layers", layers.len())))?;
+            let a = Var::from_slice(&f.a, (f.rank, layer.columns), device)?;
+            let b = Var::from_slice(&f.b, (f.rows.len(), f.rank), device)?;
+            let mask = match masks.get(i) {
+                None => None,
+                Some(mask) if mask.len() == f.rows.len() => Some(Tensor::from_slice(mask, f.rows.len(), device)?),
+                Some(mask) => Some(Tensor::from_slice(mask, (mask.len() / f.rows.len(), f.rows.len()), device)?),
+            };
+            let branch = LoraBranch { rows: f.rows.clone(), mask, scale: f.scale as f64 };
+            adapters[f.layer] = Some(TrainingAdapter { a: a.as_tensor().clone(), b: b.as_tensor().clone(), branch });
+            factors.push((a, b));
+        }
+        let tokens = parameters
+            .tokens
+            .iter()
+            .map(|t| Var::from_slice(&t.values, (t.layers, t.values.len() / t.layers), device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Self { factors, tokens, adapters })
+    }
+
+    /// All variables in the order of [`Parameters::tensors`].
+    fn all(&self) -> impl Iterator<Item = &Var> {
+        self.factors.iter().flat_map(|(a, b)| [a, b]).chain(&self.tokens)
+    }
+}
+
+impl TrainHost for EngineHost<'_> {
+    fn layers(&self) -> &[LayerInfo] {
+        self.model.layers()
+    }
+
+    fn cross_attention_layers(&self) -> usize {
+        self.model.cross_attention_layers()
+    }
+
+    fn embedding(&self, word: &str) -> Result<Vec<f32>> {
+        let refuse = |reason: &str| Err(Error::option("class", word, reason));
+        match self.model.tokenizer().ids(word)?[..] {
+            [] => refuse("a class word is needed, such as dog, person or style"),
+            [id] => {
+                let ids = Tensor::from_slice(&[id], (1, 1), self.device())?;
+                Ok(self.model.text_encoder().embed(&ids)?.flatten_all()?.to_vec1()?)
+            }
+            _ => refuse("the class word must be one token of this model's vocabulary; choose a more common word"),
+        }
+    }
+
+    fn captions(&self) -> &[Option<String>] {
+        self.dataset.captions()
+    }
+
+    fn latent_shape(&self) -> [usize; 3] {
+        self.latent_shape
+    }
+
+    fn num_train_timesteps(&self) -> usize {
+        self.model.schedule().alphas_cumprod.len()
+    }
+
+    fn loss_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let (mut noised, mut targets, mut weights, mut timesteps, mut prompts) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let [channels, height, width] = self.latent_shape;
+        for sample in batch {
+            let (z, mask) = self.latents(sample)?;
+            let (z_t, target) = self.noised(&z, sample)?;
+            // Each sample's error is averaged over the latent pixels that its picture covers.
+            let counted = mask.iter().sum::<f32>().max(1.0) * channels as f32;
+            let mask: Vec<f32> = mask.iter().map(|m| m / counted).collect();
+            weights.push(Tensor::from_vec(mask, (1, 1, height, width), self.device())?);
+            noised.push(z_t);
+            targets.push(target);
+            timesteps.push(sample.timestep as f32);
+            prompts.push(tokenise(self.model, &sample.prompt, parameters.tokens.len())?);
+        }
+        let variables = Variables::new(parameters, masks, self.model.layers(), self.device())?;
+        let vectors: Vec<Tensor> = variables.tokens.iter().map(|t| t.as_tensor().clone()).collect();
+        let with = Forward { adapters: &variables.adapters, recorder: None };
+        let context = text::encode_with(self.model, &prompts, &vectors, &with)?;
+        let predicted = self.model.unet().forward(&Tensor::cat(&noised, 0)?, &timesteps, &context, &with)?;
+        let error = (predicted - Tensor::cat(&targets, 0)?)?.sqr()?;
+        let loss = (error.broadcast_mul(&Tensor::cat(&weights, 0)?)?.sum_all()? / batch.len() as f64)?;
+
+        let store = loss.backward()?;
+        gradients.clone_from(parameters);
+        for (out, variable) in gradients.tensors_mut().zip(variables.all()) {
+            match store.get(variable) {
+                Some(gradient) => *out = gradient.flatten_all()?.to_vec1()?,
+                None => out.fill(0.0),
+            }
+        }
+        Ok(loss.to_scalar()?)
+    }
+
+    fn rng(&self, stream: Stream, step: usize, lane: usize) -> Rng {
+        Rng::new(self.seed, stream, step as u32, lane as u16)
+    }
+
+    fn resume(&mut self) -> Result<Option<TrainState>> {
+        match &self.checkpoint {
+            Some((checkpoint, _)) if self.resume => checkpoint.load(),
+            _ => Ok(None),
+        }
+    }
+
+    fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()> {
+        let answer = (self.progress)(Progress { step: state.step, steps, loss });
+        if let Some((checkpoint, every)) = &self.checkpoint
+            && (answer.is_err() || state.step % every == 0)
+        {
+            checkpoint.save(state)?;
+        }
+        answer
+    }
+}

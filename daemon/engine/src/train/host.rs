@@ -1,0 +1,141 @@
+//! What a trainer gets from its host, and what it must do. Plain data only: these shapes are what plugins get, too.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::merge::strategy::LayerInfo;
+use crate::rng::{Rng, Stream};
+
+/// The trainable factors of one layer: h = W0 x + scale * mask ⊙ (B A x) on `rows`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerFactors {
+    /// Index into [`TrainHost::layers`].
+    pub layer: usize,
+    /// The owned output rows R_i, ascending.
+    pub rows: Arc<[u32]>,
+    /// r.
+    pub rank: usize,
+    /// Multiplies the branch (alpha, or alpha / r).
+    pub scale: f32,
+    /// A, [rank, n], row-major.
+    pub a: Vec<f32>,
+    /// The owned rows of B, [rows, rank], row-major.
+    pub b: Vec<f32>,
+}
+
+/// One of a concept's names: its trainable vectors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenFactors {
+    /// The name, as `milo-1`.
+    pub name: String,
+    /// Vectors: one for each cross-attention layer, or one for all.
+    pub layers: usize,
+    /// [layers, d], row-major.
+    pub values: Vec<f32>,
+}
+
+/// Everything that training moves, and the gradients of the same shape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Parameters {
+    /// Factors by layer.
+    pub factors: Vec<LayerFactors>,
+    /// The concept's names in the order in which they stand in a prompt.
+    pub tokens: Vec<TokenFactors>,
+}
+
+impl Parameters {
+    /// All parameter tensors in a fixed order: A and B of each layer, then each token.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        self.factors.iter_mut().flat_map(|f| [&mut f.a, &mut f.b]).chain(self.tokens.iter_mut().map(|t| &mut t.values))
+    }
+
+    /// As [`Self::tensors_mut`], for reading.
+    pub fn tensors(&self) -> impl Iterator<Item = &Vec<f32>> {
+        self.factors.iter().flat_map(|f| [&f.a, &f.b]).chain(self.tokens.iter().map(|t| &t.values))
+    }
+}
+
+/// How a training picture is laid on the square canvas.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Placement {
+    /// Size of the picture's short side on the canvas, as a fraction of the canvas: above 1 crops, below 1 pads.
+    pub scale: f32,
+    /// Where in the free (or cropped) range it lies, 0..=1 in x and y.
+    pub offset: [f32; 2],
+    /// Mirror it left to right.
+    pub flip: bool,
+}
+
+/// One sample of a training batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Index of the picture in the dataset.
+    pub picture: usize,
+    /// How it is laid on the canvas; where the canvas stays empty, the loss does not count.
+    pub placement: Placement,
+    /// The prompt; `{}` stands for the concept's names. Without `{}` it is a plain prompt (prior preservation).
+    pub prompt: String,
+    /// t, 0..num_train_timesteps.
+    pub timestep: usize,
+    /// eps, of [`TrainHost::latent_len`] numbers.
+    pub noise: Vec<f32>,
+    /// Standard normals for the VAE's posterior, of [`TrainHost::latent_len`] numbers.
+    pub posterior: Vec<f32>,
+}
+
+/// Erasure masks r(lambda) of a step, by position in [`Parameters::factors`]: [rows] shared by the whole batch, or
+/// [batch, rows]; an empty list erases nothing.
+pub type ErasureMasks = Vec<Vec<f32>>;
+
+/// What a trainer can save in the middle of its work and continue from, bit for bit.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TrainState {
+    /// Steps done.
+    pub step: usize,
+    /// The parameters after them.
+    pub parameters: Parameters,
+    /// First moments, in the order of [`Parameters::tensors`].
+    pub first_moments: Vec<Vec<f32>>,
+    /// Second moments, likewise.
+    pub second_moments: Vec<Vec<f32>>,
+}
+
+/// The model and the data as a trainer sees them, and the services of its job.
+pub trait TrainHost {
+    /// The Linears that may be adapted.
+    fn layers(&self) -> &[LayerInfo];
+    /// Cross-attention layers of the UNet, in forward order: the number of vectors of a layer-wise token.
+    fn cross_attention_layers(&self) -> usize;
+    /// The embedding of `word`, which must be a single token of the model's vocabulary.
+    fn embedding(&self, word: &str) -> Result<Vec<f32>>;
+    /// The pictures' captions; `{}` stands for the concept. None: only templates.
+    fn captions(&self) -> &[Option<String>];
+    /// Numbers of one latent, C * H * W with the pixels H * W last.
+    fn latent_shape(&self) -> [usize; 3];
+    /// Timesteps of the training schedule.
+    fn num_train_timesteps(&self) -> usize;
+    /// The mean squared error of the batch (only where pictures cover the canvas) and its gradients, written into
+    /// `gradients` (same shape as `parameters`; resized if needed). Base weights never get gradients.
+    fn loss_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32>;
+    /// Random numbers of the job, keyed by its seed.
+    fn rng(&self, stream: Stream, step: usize, lane: usize) -> Rng;
+    /// The state to continue from, if the job is resumed.
+    fn resume(&mut self) -> Result<Option<TrainState>>;
+    /// Called after every step with the loss; saves the state when one is due. [`crate::Error::Cancelled`], after
+    /// saving, if the caller has cancelled.
+    fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()>;
+}
+
+/// A trainer: turns pictures of a concept into parameters.
+pub trait Trainer: Send + Sync {
+    /// Its id, as users name it.
+    fn id(&self) -> &'static str;
+    /// Runs the whole training on `host`.
+    fn train(&self, host: &mut dyn TrainHost) -> Result<Parameters>;
+}

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Trains the bundled adapters: every concept of ../concepts/concepts.json, each in a slot of its own.
+
+    python3 train.py [--method blocklora|ed-lora] [--config FILE] [--out DIR] [--only NAME ...] [--jobs N]
+
+Uses the built `blocklora` command ($BLOCKLORA, else the one on the path). What is already there is left alone; what was
+interrupted is resumed. The same model, pictures, settings and seed give the same files, byte for byte.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="blocklora")
+    parser.add_argument("--config", type=pathlib.Path, help="default: METHOD.toml beside this script")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE)
+    parser.add_argument("--concepts", type=pathlib.Path, default=HERE.parent / "concepts" / "concepts.json")
+    parser.add_argument("--base", type=pathlib.Path, default=HERE.parent / "model")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="concepts trained at the same time, one thread each")
+    options = parser.parse_args()
+    config = options.config or HERE / f"{options.method}.toml"
+    options.out.mkdir(parents=True, exist_ok=True)
+    concepts = json.loads(options.concepts.read_text())
+
+    def train(slot, concept):
+        name = concept["name"]
+        output = options.out / f"{name}.safetensors"
+        if (options.only and name not in options.only) or output.exists():
+            return name, 0, ""
+        command = [os.environ.get("BLOCKLORA", "blocklora"), "train", "--base", options.base]
+        command += ["--images", options.concepts.parent / name, "--class", concept["class"], "--kind", concept["kind"]]
+        command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "-o", output]
+        if options.method == "blocklora":
+            command += ["--slot", str(slot)]
+        if pathlib.Path(f"{output}.checkpoint").exists():
+            command.append("--resume")
+        environment = dict(os.environ, RAYON_NUM_THREADS="1") if options.jobs > 1 else None
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        return name, done.returncode, (done.stdout + done.stderr).strip()
+
+    failed = False
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for name, code, said in pool.map(lambda pair: train(*pair), enumerate(concepts)):
+            print(f"{name}: {said.splitlines()[-1] if said else 'there already'}", flush=True)
+            failed |= code != 0
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
