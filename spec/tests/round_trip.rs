@@ -6,6 +6,7 @@ mod common;
 use blocklora_spec::{
     Adapter, AdapterBuilder, Delta, Error, Layer, Manifest, Partition, Scheme, Storage, TokenVectors,
 };
+use common::raw::{LAYER, Parts};
 use proptest::prelude::*;
 
 #[test]
@@ -97,6 +98,14 @@ fn invalid_adapters_are_not_written() {
     assert!(matches!(with(layer).write(folder.path().join("none/x")), Err(Error::Io { .. })));
 }
 
+/// Numbers at which arithmetic goes wrong, and some that are nearly right.
+fn edge() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        6 => 0_u64..100,
+        1 => prop_oneof![Just(u64::MAX), Just(u64::MAX - 3), Just(1 << 63), Just(1 << 62), Just(1 << 32), Just(65536)],
+    ]
+}
+
 fn scheme() -> impl Strategy<Value = Scheme> {
     prop_oneof![Just(Scheme::Contiguous), Just(Scheme::Strided), Just(Scheme::Permuted)]
 }
@@ -138,7 +147,7 @@ fn numbers(rng: &mut blocklora_spec::rng::Rng, n: usize) -> Vec<f32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn random_adapters_round_trip((manifest, shapes, width, seed, narrow) in parts()) {
@@ -200,6 +209,45 @@ proptest! {
         }
         if let Ok(adapter) = Adapter::from_bytes("f", bad) {
             prop_assert_eq!(content(&adapter), expected);
+        }
+    }
+
+    /// Faults that an attacker signs: what is accepted is consistent all the same.
+    #[test]
+    fn signed_damage_is_an_error_or_consistent(
+        edits in proptest::collection::vec((0_usize..12, 0_usize..3, edge(), edge()), 1..5),
+        data in 0_usize..200,
+    ) {
+        let mut parts = Parts::valid();
+        for (what, which, x, y) in edits {
+            let tensor = &mut parts.tensors[which];
+            match what {
+                0 => tensor.shape = vec![x, y],
+                1 => tensor.offsets = [x, y],
+                2 => tensor.offsets[which % 2] = x,
+                3 => tensor.dtype = ["F16", "BF16", "F64"][which].into(),
+                4 => parts.manifest["rank"] = x.into(),
+                5 => parts.manifest["outputs"][LAYER] = x.into(),
+                6 => parts.manifest["partition"]["slot"] = x.into(),
+                7 => parts.manifest["partition"]["capacity"] = x.into(),
+                8 => parts.manifest["partition"]["scheme"] = ["strided", "permuted", "contiguous"][which].into(),
+                9 => parts.manifest["tokens"][0]["vectors"] = x.into(),
+                10 => parts.manifest["partition"] = serde_json::Value::Null,
+                _ => parts.data.resize(data, 0x3F),
+            }
+        }
+        parts.sign();
+        if let Ok(adapter) = Adapter::from_bytes("f", parts.bytes()) {
+            for layer in adapter.layers() {
+                prop_assert_eq!(layer.a().len(), layer.rank * layer.columns);
+                prop_assert_eq!(layer.b().len(), layer.rank * layer.rows.len());
+                prop_assert_eq!(layer.b_scattered().len(), layer.rank * layer.outputs);
+                prop_assert_eq!(&layer.rows, &adapter.manifest().rows(layer.outputs));
+                prop_assert!(layer.rows.iter().all(|row| (*row as usize) < layer.outputs));
+            }
+            for token in adapter.tokens() {
+                prop_assert_eq!(token.values.len(), token.layers * token.width);
+            }
         }
     }
 
