@@ -1,6 +1,7 @@
 //! The engine of BlockLoRA: a Stable Diffusion model on candle whose live weights take adapters in place, exactly and
 //! reversibly, and which trains adapters' factors. It knows neither IPC nor plugins.
 
+pub mod bake;
 pub mod bench;
 mod error;
 pub mod generate;
@@ -16,4 +17,5 @@ pub mod text;
 pub mod train;
 pub mod weights;
 
+pub use candle_core::{DType, Device};
 pub use error::{Error, Result};

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 pub use config::Prediction;
 use config::{SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
-pub use folder::{Component, ModelIndex};
+pub use folder::{Component, ModelIndex, open_weights};
 
 use crate::error::{Error, Result};
 use crate::merge::strategy::LayerInfo;

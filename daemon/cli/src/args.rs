@@ -1,0 +1,167 @@
+//! Arguments that several commands share.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+
+/// Storage type of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32 bits: exact, the default on a CPU
+    F32,
+    /// 16 bits: half the memory
+    F16,
+    /// 16 bits with the range of 32
+    Bf16,
+}
+
+/// How adapters add up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// BlockLoRA: every row is divided by the number of concepts that own it
+    Blocklora,
+    /// BlockLoRA by the letter: weights are divided by their sum
+    BlockloraSum1,
+    /// The weighted average of all concepts
+    Average,
+}
+
+/// What to do with concepts that own the same rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Clash {
+    /// Stop and name them
+    Refuse,
+    /// Use the mean on shared rows
+    Mean,
+}
+
+/// Which model, and how to hold it.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Folder of the base model in the diffusers layout [default: the bundled starter model]
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
+    /// Storage type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+}
+
+/// How to merge.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Merging")]
+pub struct MergeArgs {
+    /// How concepts add up
+    #[arg(long, value_enum, default_value = "blocklora")]
+    pub strategy: Strategy,
+    /// What to do with concepts that own the same rows
+    #[arg(long, value_enum, default_value = "refuse")]
+    pub on_clash: Clash,
+}
+
+/// How to sample.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Seed of the first picture
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Sampling steps
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub steps: u16,
+    /// How closely to follow the prompt; 1 is no guidance
+    #[arg(long, value_name = "SCALE", default_value_t = 7.5, allow_negative_numbers = true)]
+    pub guidance: f32,
+    /// ddim, dpmpp-2m, dpmpp-2m-karras or euler-a
+    #[arg(long, value_name = "NAME", default_value = "dpmpp-2m")]
+    pub sampler: String,
+    /// Size in pixels: one number, or WIDTHxHEIGHT [default: the model's own]
+    #[arg(long)]
+    pub size: Option<Size>,
+}
+
+/// A picture's size in pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Size {
+    /// Width.
+    pub width: usize,
+    /// Height.
+    pub height: usize,
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |t: &str| t.parse::<usize>().map_err(|_| format!("{text:?} is not like 512 or 512x768"));
+        let (width, height) = text.split_once('x').unwrap_or((text, text));
+        Ok(Self { width: number(width)?, height: number(height)? })
+    }
+}
+
+/// An adapter file and its weight: `FILE` or `FILE=WEIGHT`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightedFile {
+    /// The file.
+    pub path: PathBuf,
+    /// 1 is "as trained".
+    pub weight: f32,
+}
+
+impl FromStr for WeightedFile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A file may have '=' in its name: an existing file wins, and only a number counts as a weight.
+        if !Path::new(text).exists() {
+            if let Some((path, weight)) = text.rsplit_once('=') {
+                let weight: f32 = weight.parse().map_err(|_| format!("{weight:?} is not a number"))?;
+                if !weight.is_finite() {
+                    return Err(format!("the weight {weight} is not finite"));
+                }
+                return Ok(Self { path: path.into(), weight });
+            }
+        }
+        Ok(Self { path: text.into(), weight: 1.0 })
+    }
+}
+
+/// The adapter files in `folder`, sorted; an error if there is none.
+pub fn adapters_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let shown = folder.display();
+    let mut files = Vec::new();
+    for entry in folder.read_dir().with_context(|| format!("{shown}"))? {
+        let path = entry.with_context(|| format!("{shown}"))?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    if files.is_empty() {
+        bail!("{shown}: there is no adapter (.safetensors) in this folder: train some with `blocklora train`");
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Size, WeightedFile};
+
+    #[test]
+    fn weights_follow_the_last_equals_sign() {
+        let parse = |t: &str| t.parse::<WeightedFile>();
+        assert_eq!(parse("a.safetensors"), Ok(WeightedFile { path: "a.safetensors".into(), weight: 1.0 }));
+        assert_eq!(parse("a=b.st=0.5"), Ok(WeightedFile { path: "a=b.st".into(), weight: 0.5 }));
+        assert_eq!(parse("a.st=-1"), Ok(WeightedFile { path: "a.st".into(), weight: -1.0 }));
+        assert!(parse("a.st=x").is_err() && parse("a.st=inf").is_err());
+    }
+
+    #[test]
+    fn a_size_is_one_number_or_two() {
+        assert_eq!("512".parse(), Ok(Size { width: 512, height: 512 }));
+        assert_eq!("512x768".parse(), Ok(Size { width: 512, height: 768 }));
+        assert!("512x".parse::<Size>().is_err() && "-1".parse::<Size>().is_err());
+    }
+}

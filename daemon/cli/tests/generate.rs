@@ -1,0 +1,173 @@
+//! `generate` and `merge` end to end: the same pictures from the same settings, and a baked model that draws them, too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use blocklora_engine::image::{Picture, read_parameters};
+use common::{BLOCKLORA, Make, adapter, succeeds, temporary, text};
+
+/// Draws `prompt` with `options` into `folder`/`name`.
+#[track_caller]
+fn draw(folder: &Path, name: &str, prompt: &str, options: &[&str]) -> Picture {
+    let path = folder.join(name);
+    let fixed = ["--steps", "3", "--seed", "5", "-o", text(&path)];
+    succeeds([&["generate", prompt], &fixed[..], options].concat());
+    Picture::load(&path).unwrap()
+}
+
+fn largest_difference(a: &Picture, b: &Picture) -> u8 {
+    assert_eq!((a.width(), a.height()), (b.width(), b.height()));
+    a.pixels().iter().zip(b.pixels()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn the_same_settings_give_the_same_picture_and_are_in_the_file() {
+    let folder = temporary();
+    let path = folder.path();
+    let (milo, zuko) =
+        (adapter(path, &Make::default()), adapter(path, &Make { name: "zuko", slot: Some(1), ..Make::default() }));
+    let zuko_half = format!("{}=0.5", text(&zuko));
+    let with = ["--with", text(&milo), "--with", &zuko_half];
+    let prompt = "a <milo> and a <zuko>";
+    let first = draw(path, "a.png", prompt, &with);
+    assert!(first == draw(path, "b.png", prompt, &with), "the same settings gave another picture");
+    let swapped = ["--with", &zuko_half, "--with", text(&milo), "--threads", "1"];
+    assert!(first == draw(path, "c.png", prompt, &swapped), "the order of adapters or the threads changed the picture");
+    assert!(
+        first != draw(path, "d.png", prompt, &["--with", text(&milo), "--with", text(&zuko)]),
+        "weights do nothing"
+    );
+
+    let parameters = read_parameters(&path.join("a.png")).unwrap().unwrap();
+    assert_eq!(parameters.prompt, prompt);
+    assert_eq!((parameters.steps, parameters.seed), (3, 5));
+    let used: Vec<(&str, f32)> = parameters.adapters.iter().map(|a| (a.name.as_str(), a.weight)).collect();
+    assert_eq!(used, [("milo", 1.0), ("zuko", 0.5)]);
+}
+
+#[test]
+fn an_adapter_with_weight_0_changes_nothing_but_the_words_it_adds() {
+    let folder = temporary();
+    let milo = adapter(folder.path(), &Make::default());
+    let plain = draw(folder.path(), "a.png", "a cat", &[]);
+    let without = draw(folder.path(), "b.png", "a cat", &["--with", &format!("{}=0", text(&milo))]);
+    let with = draw(folder.path(), "c.png", "a cat", &["--with", text(&milo)]);
+    assert!(plain == without && plain != with);
+}
+
+#[test]
+fn several_pictures_have_numbered_files_and_seeds_in_turn() {
+    let folder = temporary();
+    let path = folder.path();
+    succeeds(["generate", "a cat", "--steps", "3", "--seed", "4", "--count", "2", "-o", text(&path.join("x.png"))]);
+    let second = Picture::load(&path.join("x-2.png")).unwrap();
+    assert!(path.join("x-1.png").is_file() && !path.join("x.png").exists());
+    assert!(second == draw(path, "y.png", "a cat", &[]), "picture 2 of seed 4 is not the picture of seed 5");
+}
+
+#[test]
+fn a_size_of_ones_own_is_kept() {
+    let folder = temporary();
+    let own = draw(folder.path(), "a.png", "a cat", &[]);
+    let (width, height) = (own.width(), 2 * own.height());
+    let tall = draw(folder.path(), "b.png", "a cat", &["--size", &format!("{width}x{height}")]);
+    assert_eq!((tall.width(), tall.height()), (width, height));
+}
+
+/// The live weights in f32 and the ones baked into an f32 folder are the same bits, so the pictures are, too.
+#[test]
+fn a_baked_model_draws_the_same_pictures() {
+    let folder = temporary();
+    let path = folder.path();
+    for (name, vectors) in [("layered", 0), ("plain", 1)] {
+        let file = adapter(path, &Make { name, vectors, ..Make::default() });
+        let prompt = format!("a <{name}> on the beach");
+        let merged = draw(path, "merged.png", &prompt, &["--with", text(&file)]);
+        let baked = path.join(format!("baked-{name}"));
+        succeeds(["merge", text(&file), "-o", text(&baked), "--precision", "f32"]);
+        let picture = draw(path, "baked.png", &prompt, &["--base", text(&baked)]);
+        assert_eq!(largest_difference(&merged, &picture), 0, "{name}");
+        // In the type of the base model's file, weights are rounded.
+        let rounded = path.join(format!("rounded-{name}"));
+        let said = succeeds(["merge", text(&file), "-o", text(&rounded), "--json"]);
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        assert!(said["merge"]["rows_rewritten"].as_u64().unwrap() > 0);
+        let picture = draw(path, "rounded.png", &prompt, &["--base", text(&rounded)]);
+        assert!(largest_difference(&merged, &picture) <= 40, "{}", largest_difference(&merged, &picture));
+    }
+}
+
+/// Concepts that were baked in stay while others are added.
+#[test]
+fn a_baked_model_is_a_base_of_its_own() {
+    let folder = temporary();
+    let milo = adapter(folder.path(), &Make::default());
+    let baked = folder.path().join("baked");
+    succeeds(["merge", text(&milo), "-o", text(&baked)]);
+    let again = ["generate", "<milo>", "--base", text(&baked), "--with", text(&milo), "--steps", "1", "-o", "x.png"];
+    common::fails(folder.path(), 1, &again, &["--base"]);
+}
+
+#[test]
+fn inspect_prints_json_and_a_plot() {
+    let folder = temporary();
+    let path = folder.path();
+    let files = [("a", 0), ("b", 1), ("c", 1)]
+        .map(|(name, slot)| adapter(path, &Make { name, slot: Some(slot), ..Make::default() }));
+    let plot = path.join("plot.svg");
+    let files: Vec<&str> = files.iter().map(|f| text(f)).collect();
+    let json = succeeds([&["inspect", "--json", "--plot", text(&plot)], &files[..]].concat());
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let pair = |i: usize| &json["overall"]["pairs"][i];
+    assert_eq!(pair(0)["cosine"].as_f64(), Some(0.0), "a and b are in slots of their own");
+    assert_eq!(pair(0)["sign_conflicts"].as_f64(), Some(0.0));
+    assert_eq!(pair(0)["shared_rows"].as_u64(), Some(0));
+    assert!(pair(2)["shared_rows"].as_u64().unwrap() > 0, "b and c share a slot");
+    assert_eq!(json["adapters"][0]["manifest"]["name"], "a");
+    let plot = std::fs::read_to_string(plot).unwrap();
+    assert!(plot.starts_with("<svg") && plot.trim_end().ends_with("</svg>"));
+    let table = succeeds([&["inspect", "--layers"], &files[..]].concat());
+    assert!(table.contains("slot 1 of 16") && table.contains("b c") && table.contains("1 pair of concepts"), "{table}");
+}
+
+#[test]
+fn exports_are_written_and_named() {
+    let folder = temporary();
+    let path = folder.path();
+    let plain = adapter(path, &Make { name: "plain", vectors: 1, ..Make::default() });
+    let kohya = path.join("kohya.safetensors");
+    let said = succeeds(["export", text(&plain), "--format", "kohya", "-o", text(&kohya)]);
+    let words = path.join("kohya.embedding.safetensors");
+    assert_eq!(said, format!("{}\n{}\n", kohya.display(), words.display()));
+    assert!(kohya.is_file() && words.is_file());
+    let peft = path.join("peft");
+    succeeds(["export", text(&plain), "--format", "peft", "-o", text(&peft)]);
+    assert!(peft.join("unet/adapter_config.json").is_file());
+}
+
+/// Ctrl-C while drawing ends with 130 and leaves no file.
+#[test]
+fn an_interrupted_drawing_leaves_nothing_behind() {
+    let folder = temporary();
+    let args = ["generate", "a cat", "--steps", "500", "--count", "1000", "-o", "x.png"];
+    let mut child = Command::new(BLOCKLORA).args(args).current_dir(folder.path()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    assert!(common::snapshot(folder.path()).is_empty());
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    for command in ["demo", "train", "generate", "merge", "inspect", "export", "score"] {
+        assert!(succeeds([command, "--help"]).contains("Usage: blocklora"), "{command}");
+    }
+    assert!(succeeds(["bench", "merge", "--help"]).contains("--capacity"));
+    assert!(succeeds(["--help"]).contains("130"));
+    assert!(succeeds(["--version"]).starts_with("blocklora "));
+}
