@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::strategy::{AdapterView, Factors};
+use super::strategy::{AdapterView, Factors, LayerInfo};
 use crate::error::{Error, Result};
 use crate::weights::hex;
 
@@ -34,7 +34,8 @@ pub struct AdapterFactors {
     name: String,
     digest: String,
     scale: f32,
-    layers: BTreeMap<String, AdapterLayer>,
+    /// Sorted by name.
+    layers: Vec<AdapterLayer>,
 }
 
 impl AdapterFactors {
@@ -68,14 +69,15 @@ impl AdapterFactors {
         if !scale.is_finite() {
             return Err(incompatible(format!("its scale is {scale}; it must be finite")));
         }
-        let mut by_name = BTreeMap::new();
-        for layer in layers {
+        let mut layers = layers;
+        layers.sort_by(|one, other| one.name.cmp(&other.name));
+        for layer in &layers {
             layer.check().map_err(|reason| incompatible(format!("layer {:?}: {reason}", layer.name)))?;
-            if let Some(twice) = by_name.insert(layer.name.clone(), layer) {
-                return Err(incompatible(format!("layer {:?} is there twice", twice.name)));
-            }
         }
-        Ok(Self { name, digest, scale, layers: by_name })
+        if let Some(pair) = layers.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(incompatible(format!("layer {:?} is there twice", pair[0].name)));
+        }
+        Ok(Self { name, digest, scale, layers })
     }
 
     /// The factors of a file, decoded to f32; its digest is the file's.
@@ -106,11 +108,11 @@ impl AdapterFactors {
     }
     /// Its layers, sorted by name.
     pub fn layers(&self) -> impl Iterator<Item = &AdapterLayer> {
-        self.layers.values()
+        self.layers.iter()
     }
     /// Its factors on the Linear `name`, if it changes that one.
     pub fn layer(&self, name: &str) -> Option<&AdapterLayer> {
-        self.layers.get(name)
+        self.layers.binary_search_by(|layer| layer.name.as_str().cmp(name)).ok().map(|at| &self.layers[at])
     }
     /// The memory that its factors take, in bytes.
     pub fn bytes(&self) -> usize {
@@ -148,33 +150,31 @@ fn bytes_of<T: Copy>(values: &[T], to_bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
 pub(super) struct Placed {
     pub factors: Arc<AdapterFactors>,
     pub weight: f32,
-    /// The name of its layer, by layer index.
-    layers: Vec<bool>,
-    names: Arc<[String]>,
+    /// By the model's layer index the index of its own layer.
+    layers: Vec<Option<u32>>,
 }
 
 impl Placed {
-    /// `names` are the model's layers; `shape_of` gives m and n of one. Fails on a layer that the model lacks.
+    /// `index_of` finds the model's `layers` by name. Fails on a layer that the model lacks or has in another size.
     pub fn new(
         factors: Arc<AdapterFactors>,
         weight: f32,
-        names: &Arc<[String]>,
+        layers: &[LayerInfo],
         index_of: &BTreeMap<String, usize>,
-        shape_of: impl Fn(usize) -> (usize, usize),
     ) -> Result<Self> {
         let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
         if !weight.is_finite() {
             return Err(incompatible(format!("its weight is {weight}; it must be finite")));
         }
-        let mut layers = vec![false; names.len()];
-        for layer in factors.layers() {
+        let mut own = vec![None; layers.len()];
+        for (at, layer) in factors.layers().enumerate() {
             let &index = index_of.get(&layer.name).ok_or_else(|| {
                 incompatible(format!(
                     "layer {:?} is not in this model; use the base model that the adapter was trained on",
                     layer.name
                 ))
             })?;
-            let (rows, columns) = shape_of(index);
+            let LayerInfo { rows, columns, .. } = layers[index];
             if (layer.outputs, layer.columns) != (rows, columns) {
                 return Err(incompatible(format!(
                     "layer {:?} is {} x {} in the adapter and {rows} x {columns} in this model; use the base model \
@@ -182,14 +182,14 @@ impl Placed {
                     layer.name, layer.outputs, layer.columns
                 )));
             }
-            layers[index] = true;
+            own[index] = Some(at as u32);
         }
-        Ok(Self { factors, weight, layers, names: names.clone() })
+        Ok(Self { factors, weight, layers: own })
     }
 
     /// Its factors on the model's layer `index`.
     pub fn layer(&self, index: usize) -> Option<&AdapterLayer> {
-        self.layers.get(index).copied().unwrap_or(false).then(|| self.factors.layer(&self.names[index])).flatten()
+        self.layers.get(index).copied().flatten().map(|at| &self.factors.layers[at as usize])
     }
 }
 

@@ -116,6 +116,8 @@ pub(super) struct Tile<'a, T, const R: usize> {
     pub pristine: [&'a [u8]; R],
     /// The live rows.
     pub live: [&'a mut [T]; R],
+    /// The pristine rows that come next, to be fetched ahead.
+    pub next: [&'a [u8]; R],
     /// The rows of all terms' A, in canonical order.
     pub a: &'a [&'a [f32]],
     /// c_ip * scale_i * B_i[p, k], [a.len(), R].
@@ -166,8 +168,8 @@ impl<T: Element> Lanes for T {}
 
 /// About how many bytes of live rows one task writes.
 const TASK_BYTES: usize = 128 << 10;
-/// Rows that share each load of A.
-const TILE_ROWS: usize = 4;
+/// The most rows that share each load of A: as many as keep their sums in registers.
+const TILE_ROWS: usize = 8;
 
 /// The live matrix, which tasks write disjoint rows of.
 struct LiveRows<T>(*mut T);
@@ -191,48 +193,82 @@ impl Rewrite<'_> {
         if self.pristine.len() != live.len() * S::BYTES || self.terms.rows.iter().any(|&row| row as usize >= m) {
             candle_core::bail!("merge: {} pristine bytes for {} values", self.pristine.len(), live.len());
         }
-        let rows_per_task = (TASK_BYTES / (n * T::BYTES)).next_multiple_of(TILE_ROWS);
+        let rows = self.terms.rows.len();
+        let rows_per_task = (TASK_BYTES / (n * T::BYTES)).next_multiple_of(TILE_ROWS).max(TILE_ROWS);
         let live = LiveRows(live.as_mut_ptr());
-        self.tasks(rows_per_task).into_par_iter().for_each(|task| self.run_task::<S, T>(&live, task));
+        (0..rows.div_ceil(rows_per_task)).into_par_iter().for_each(|task| {
+            let (start, end) = (task * rows_per_task, rows.min((task + 1) * rows_per_task));
+            self.run_task::<S, T>(&live, start..end)
+        });
         Ok(())
     }
 
-    /// Runs of rows that take the same adapters, of at most `longest` rows.
-    fn tasks(&self, longest: usize) -> Vec<Range<usize>> {
-        let mut tasks = Vec::new();
-        let mut start = 0;
-        for index in 1..=self.terms.rows.len() {
-            let ends = index == self.terms.rows.len() || !self.terms.alike(index - 1, index);
-            if ends || index - start == longest {
-                tasks.push(start..index);
-                start = index;
-            }
-        }
-        tasks.retain(|task| !task.is_empty());
-        tasks
-    }
-
+    /// Rewrites the `task`-th of the rows, run by run of rows that take the same adapters.
     fn run_task<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, task: Range<usize>) {
-        let mut a = Vec::new();
-        for term in self.terms.of(task.start) {
-            if let Some((factors, _)) = self.factors[term.adapter as usize] {
-                a.extend(factors.a.chunks_exact(self.columns));
+        let (mut a, mut w) = (Vec::new(), Vec::new());
+        let mut start = task.start;
+        while start < task.end {
+            let same = (start + 1..task.end).take_while(|&index| self.terms.alike(start, index)).count();
+            let run = start..start + 1 + same;
+            start = run.end;
+            a.clear();
+            for term in self.terms.of(run.start) {
+                if let Some((factors, _)) = self.factors[term.adapter as usize] {
+                    a.extend(factors.a.chunks_exact(self.columns));
+                }
             }
-        }
-        let mut w = Vec::with_capacity(a.len() * TILE_ROWS);
-        let mut index = task.start;
-        while index < task.end {
-            if task.end - index >= TILE_ROWS {
-                self.run_tile::<S, T, TILE_ROWS>(live, index, &a, &mut w);
-                index += TILE_ROWS;
+            if a.is_empty() && S::DTYPE == T::DTYPE && cfg!(target_endian = "little") {
+                self.restore(live, run);
             } else {
-                self.run_tile::<S, T, 1>(live, index, &a, &mut w);
-                index += 1;
+                self.merge_run::<S, T>(live, run, &a, &mut w);
             }
         }
     }
 
-    fn run_tile<S: Lanes, T: Lanes, const R: usize>(
+    /// Gives the `run`-th of the rows the file's bits; S and T are one type.
+    fn restore<T: Lanes>(&self, live: &LiveRows<T>, run: Range<usize>) {
+        let row_bytes = self.columns * T::BYTES;
+        let mut start = run.start;
+        while start < run.end {
+            // Neighbouring rows in one piece.
+            let first = self.terms.rows[start] as usize;
+            let follows = |&index: &usize| self.terms.rows[index] as usize == first + index - start;
+            let count = 1 + (start + 1..run.end).take_while(follows).count();
+            let pristine = &self.pristine[first * row_bytes..(first + count) * row_bytes];
+            // SAFETY: rows lie inside the matrix (checked in `run_from`), no other task has any of them, and every
+            // bit pattern is a value.
+            #[allow(unsafe_code)]
+            unsafe {
+                let to = live.0.add(first * self.columns).cast::<u8>();
+                std::ptr::copy_nonoverlapping(pristine.as_ptr(), to, pristine.len());
+            }
+            start += count;
+        }
+    }
+
+    fn merge_run<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, run: Range<usize>, a: &[&[f32]], w: &mut Vec<f32>) {
+        let mut index = run.start;
+        while index < run.end {
+            // AVX2 has half the registers.
+            match run.end - index {
+                8.. if self.isa == Isa::Avx512 => {
+                    self.merge_rows::<S, T, 8>(live, index, a, w);
+                    index += 8;
+                }
+                4.. => {
+                    self.merge_rows::<S, T, 4>(live, index, a, w);
+                    index += 4;
+                }
+                _ => {
+                    self.merge_rows::<S, T, 1>(live, index, a, w);
+                    index += 1;
+                }
+            }
+        }
+    }
+
+    /// Merges the R rows from the `first`-th on, which all take the adapters whose A are the rows `a`.
+    fn merge_rows<S: Lanes, T: Lanes, const R: usize>(
         &self,
         live: &LiveRows<T>,
         first: usize,
@@ -240,7 +276,9 @@ impl Rewrite<'_> {
         w: &mut Vec<f32>,
     ) {
         let n = self.columns;
-        let rows: [usize; R] = std::array::from_fn(|r| self.terms.rows[first + r] as usize);
+        let row_at = |index: usize| self.terms.rows[index.min(self.terms.rows.len() - 1)] as usize;
+        let pristine = |index| &self.pristine[row_at(index) * n * S::BYTES..][..n * S::BYTES];
+        let rows: [usize; R] = std::array::from_fn(|r| row_at(first + r));
         w.clear();
         w.resize(a.len() * R, 0.0);
         for r in 0..R {
@@ -248,8 +286,7 @@ impl Rewrite<'_> {
             for term in self.terms.of(first + r) {
                 if let Some((factors, scale)) = self.factors[term.adapter as usize] {
                     let scaled = term.coefficient * scale;
-                    let b = &factors.b[term.local as usize * factors.rank..][..factors.rank];
-                    for &b in b {
+                    for &b in &factors.b[term.local as usize * factors.rank..][..factors.rank] {
                         w[k * R + r] = scaled * b;
                         k += 1;
                     }
@@ -257,15 +294,16 @@ impl Rewrite<'_> {
             }
         }
         let tile = Tile {
-            pristine: rows.map(|row| &self.pristine[row * n * S::BYTES..][..n * S::BYTES]),
+            pristine: std::array::from_fn(|r| pristine(first + r)),
             // SAFETY: rows lie inside the matrix (checked in `run_from`), and no other tile has any of these rows.
             #[allow(unsafe_code)]
             live: rows.map(|row| unsafe { std::slice::from_raw_parts_mut(live.0.add(row * n), n) }),
+            next: std::array::from_fn(|r| pristine(first + R + r)),
             a,
             w,
         };
-        let Some(magnitude) = merge_tile::<S, T, R>(self.isa, tile) else { return };
-        if magnitude >= T::OVERFLOW {
+        let magnitude = merge_tile::<S, T, R>(self.isa, tile);
+        if magnitude >= T::OVERFLOW && !a.is_empty() {
             // SAFETY: as above; the tile is gone.
             #[allow(unsafe_code)]
             let is_bad = |row: &&usize| {
@@ -278,22 +316,11 @@ impl Rewrite<'_> {
     }
 }
 
-/// Writes a tile; returns the largest magnitude in it before rounding (as bits), or none where it is pristine.
-fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>) -> Option<u32> {
-    if tile.a.is_empty() && S::DTYPE == T::DTYPE && cfg!(target_endian = "little") {
-        for (pristine, live) in tile.pristine.into_iter().zip(tile.live) {
-            debug_assert_eq!(pristine.len(), size_of_val(live));
-            // SAFETY: the same type and length, checked by the caller; every bit pattern is a value.
-            #[allow(unsafe_code)]
-            unsafe {
-                std::ptr::copy_nonoverlapping(pristine.as_ptr(), live.as_mut_ptr().cast::<u8>(), pristine.len());
-            }
-        }
-        return None;
-    }
-    let merged = !tile.a.is_empty();
-    let magnitude = match isa {
-        // SAFETY: `Isa::available` found the features, which `Isa`'s users take it from.
+/// Writes a tile; returns the largest magnitude in it before rounding, as bits.
+fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>) -> u32 {
+    match isa {
+        // SAFETY: an `Isa` beyond the portable one is only ever taken from `Isa::available`, which found its features;
+        // all rows of a tile have n columns.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         Isa::Avx2 => unsafe { kernel_x86::merge_tile_avx2::<S, T, R>(tile) },
@@ -302,8 +329,7 @@ fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>
         // SAFETY: as above.
         Isa::Avx512 => unsafe { kernel_x86::merge_tile_avx512::<S, T, R>(tile) },
         _ => merge_tile_portable::<S, T, R>(tile),
-    };
-    merged.then_some(magnitude)
+    }
 }
 
 /// The kernel in plain Rust, by blocks of columns that stay in registers or the first-level cache.

@@ -16,6 +16,7 @@ use super::kernel::{Element, Tile, merge_columns};
 pub(super) trait Lanes: Element {
     unsafe fn load8(from: *const u8) -> __m256;
     unsafe fn store8(to: *mut Self, value: __m256);
+    unsafe fn stream8(to: *mut Self, value: __m256);
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512;
     unsafe fn store16(to: *mut Self, mask: __mmask16, value: __m512);
     unsafe fn stream16(to: *mut Self, value: __m512);
@@ -30,6 +31,10 @@ impl Lanes for f32 {
     #[inline(always)]
     unsafe fn store8(to: *mut Self, value: __m256) {
         unsafe { _mm256_storeu_ps(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn stream8(to: *mut Self, value: __m256) {
+        unsafe { _mm256_stream_ps(to, value) }
     }
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
@@ -53,6 +58,10 @@ impl Lanes for f16 {
     #[inline(always)]
     unsafe fn store8(to: *mut Self, value: __m256) {
         unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
+    }
+    #[inline(always)]
+    unsafe fn stream8(to: *mut Self, value: __m256) {
+        unsafe { _mm_stream_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
     }
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
@@ -84,6 +93,22 @@ unsafe fn bf16_of_16(value: __m512) -> __m256i {
     }
 }
 
+/// As [`bf16_of_16`], for 8 values.
+#[inline(always)]
+unsafe fn bf16_of_8(value: __m256) -> __m128i {
+    unsafe {
+        let bits = _mm256_castps_si256(value);
+        let high = _mm256_srli_epi32::<16>(bits);
+        let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
+        let result = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(rounded), quiet, nan);
+        let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(result, result));
+        _mm256_castsi256_si128(packed)
+    }
+}
+
 impl Lanes for bf16 {
     #[inline(always)]
     unsafe fn load8(from: *const u8) -> __m256 {
@@ -94,17 +119,11 @@ impl Lanes for bf16 {
     }
     #[inline(always)]
     unsafe fn store8(to: *mut Self, value: __m256) {
-        unsafe {
-            let bits = _mm256_castps_si256(value);
-            let high = _mm256_srli_epi32::<16>(bits);
-            let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-            let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
-            let result = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(rounded), quiet, nan);
-            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(result, result));
-            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
-        }
+        unsafe { _mm_storeu_si128(to.cast(), bf16_of_8(value)) }
+    }
+    #[inline(always)]
+    unsafe fn stream8(to: *mut Self, value: __m256) {
+        unsafe { _mm_stream_si128(to.cast(), bf16_of_8(value)) }
     }
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
@@ -123,6 +142,16 @@ impl Lanes for bf16 {
     }
 }
 
+/// The bytes of a cache line.
+const LINE: usize = 64;
+
+/// Whether rows of `tile` are written past the caches, and the columns before the first whole line if so. Streaming
+/// saves reading what is overwritten anyway; rows must be whole lines, so that all are aligned alike.
+fn streams<T: Element, const R: usize>(tile: &Tile<'_, T, R>) -> Option<usize> {
+    let row_bytes = size_of_val(tile.live[0]);
+    (row_bytes.is_multiple_of(LINE) && row_bytes >= 4 * LINE).then(|| tile.live[0].as_ptr().align_offset(LINE))
+}
+
 /// A tile in AVX2.
 ///
 /// # Safety
@@ -131,63 +160,127 @@ impl Lanes for bf16 {
 pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut tile: Tile<'_, T, R>) -> u32 {
     const WIDTH: usize = 16;
     let n = tile.live[0].len();
+    if n < WIDTH {
+        return merge_columns::<S, T, R>(&mut tile, 0..n);
+    }
     let mut magnitude = _mm256_setzero_si256();
-    let sign_off = _mm256_set1_epi32(0x7fff_ffff);
+    let streamed_from = streams(&tile);
     let mut j = 0;
-    while j + WIDTH <= n {
+    // SAFETY of the four calls: 16 columns from where they start lie inside the rows; streamed ones start on a line.
+    let head = streamed_from.unwrap_or(0);
+    while j < head {
+        let end = head.min(j + WIDTH);
+        unsafe { part16::<S, T, R>(&mut tile, j, 0..end - j, &mut magnitude) };
+        j = end;
+    }
+    if streamed_from.is_some() {
+        while j + WIDTH <= n {
+            unsafe { columns8x2::<S, T, R, true>(&mut tile, j, &mut magnitude) };
+            j += WIDTH;
+        }
+        _mm_sfence();
+    } else {
+        while j + WIDTH <= n {
+            unsafe { columns8x2::<S, T, R, false>(&mut tile, j, &mut magnitude) };
+            j += WIDTH;
+        }
+    }
+    if j < n {
+        unsafe { part16::<S, T, R>(&mut tile, n - WIDTH, WIDTH - (n - j)..WIDTH, &mut magnitude) };
+    }
+    let mut lanes = [0u32; 8];
+    // SAFETY: eight lanes.
+    unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), magnitude) };
+    lanes.into_iter().fold(0, u32::max)
+}
+
+/// The sums of 16 columns from column `j` on.
+#[inline(always)]
+unsafe fn sums16<S: Lanes, T: Lanes, const R: usize>(
+    tile: &Tile<'_, T, R>,
+    j: usize,
+    magnitude: &mut __m256i,
+) -> [[__m256; 2]; R] {
+    unsafe {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
         for r in 0..R {
+            _mm_prefetch::<_MM_HINT_T1>(tile.next[r].as_ptr().add(j * S::BYTES).cast());
             for u in 0..2 {
-                // SAFETY: j + 16 <= n.
-                sums[r][u] = unsafe { S::load8(tile.pristine[r].as_ptr().add((j + 8 * u) * S::BYTES)) };
+                sums[r][u] = S::load8(tile.pristine[r].as_ptr().add((j + 8 * u) * S::BYTES));
             }
         }
         for (a, w) in tile.a.iter().zip(tile.w.chunks_exact(R)) {
             for u in 0..2 {
-                // SAFETY: A has n columns as well.
-                let a = unsafe { _mm256_loadu_ps(a.as_ptr().add(j + 8 * u)) };
+                let a = _mm256_loadu_ps(a.as_ptr().add(j + 8 * u));
                 for r in 0..R {
                     sums[r][u] = _mm256_fmadd_ps(_mm256_set1_ps(w[r]), a, sums[r][u]);
                 }
             }
         }
-        for r in 0..R {
-            for u in 0..2 {
-                let bits = _mm256_castps_si256(sums[r][u]);
-                magnitude = _mm256_max_epu32(magnitude, _mm256_and_si256(bits, sign_off));
-                // SAFETY: j + 16 <= n.
-                unsafe { T::store8(tile.live[r].as_mut_ptr().add(j + 8 * u), sums[r][u]) };
-            }
+        let sign_off = _mm256_set1_epi32(0x7fff_ffff);
+        for sum in sums.as_flattened() {
+            let bits = _mm256_and_si256(_mm256_castps_si256(*sum), sign_off);
+            *magnitude = _mm256_max_epu32(*magnitude, bits);
         }
-        j += WIDTH;
+        sums
     }
-    let mut lanes = [0u32; 8];
-    // SAFETY: eight lanes.
-    unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), magnitude) };
-    let rest = if j < n { merge_columns::<S, T, R>(&mut tile, j..n) } else { 0 };
-    lanes.into_iter().fold(rest, u32::max)
 }
 
-/// A tile in AVX-512. Where rows are whole cache lines, they are written past the caches.
+/// 16 columns from column `j` on.
+#[inline(always)]
+unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
+    tile: &mut Tile<'_, T, R>,
+    j: usize,
+    magnitude: &mut __m256i,
+) {
+    unsafe {
+        let sums = sums16::<S, T, R>(tile, j, magnitude);
+        for r in 0..R {
+            for u in 0..2 {
+                let to = tile.live[r].as_mut_ptr().add(j + 8 * u);
+                if STREAM { T::stream8(to, sums[r][u]) } else { T::store8(to, sums[r][u]) }
+            }
+        }
+    }
+}
+
+/// Those of the 16 columns from column `j` on that are in `part`.
+#[inline(always)]
+unsafe fn part16<S: Lanes, T: Lanes, const R: usize>(
+    tile: &mut Tile<'_, T, R>,
+    j: usize,
+    part: std::ops::Range<usize>,
+    magnitude: &mut __m256i,
+) {
+    unsafe {
+        let sums = sums16::<S, T, R>(tile, j, magnitude);
+        for r in 0..R {
+            let mut row = [T::round(0.0); 16];
+            T::store8(row.as_mut_ptr(), sums[r][0]);
+            T::store8(row.as_mut_ptr().add(8), sums[r][1]);
+            tile.live[r][j..][part.clone()].copy_from_slice(&row[part.clone()]);
+        }
+    }
+}
+
+/// A tile in AVX-512.
 ///
 /// # Safety
 /// The processor must have AVX-512 F, BW and VL, and all rows of the tile and of A the same number of columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
 pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut tile: Tile<'_, T, R>) -> u32 {
-    const LINE: usize = 64;
     let n = tile.live[0].len();
     let mut magnitude = _mm512_setzero_si512();
     let part = |len: usize| (0xffff_u32 >> (16 - len.min(16))) as u16;
-    // All rows are aligned alike only if their length is a multiple of the line's.
-    let streams = (n * T::BYTES).is_multiple_of(LINE) && n * T::BYTES >= 4 * LINE;
-    let head = if streams { tile.live[0].as_ptr().align_offset(LINE) } else { 0 };
+    let streamed_from = streams(&tile);
+    let head = streamed_from.unwrap_or(0);
     let mut j = 0;
     // SAFETY of the four calls: the columns end at `head` or at n; streamed ones start after `head`, on a whole line.
     while j < head {
         unsafe { columns16::<S, T, R, 1, false>(&mut tile, j, part(head - j), &mut magnitude) };
         j = head.min(j + 16);
     }
-    if streams {
+    if streamed_from.is_some() {
         while j + 32 <= n {
             unsafe { columns16::<S, T, R, 2, true>(&mut tile, j, 0xffff, &mut magnitude) };
             j += 32;
@@ -218,6 +311,10 @@ unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const ST
         let mut sums = [[_mm512_setzero_ps(); U]; R];
         for r in 0..R {
             for u in 0..U {
+                if S::BYTES == 4 || u % 2 == 0 {
+                    // One per line; the next rows are too short for the processor to see them coming.
+                    _mm_prefetch::<_MM_HINT_T1>(tile.next[r].as_ptr().add((j + 16 * u) * S::BYTES).cast());
+                }
                 sums[r][u] = S::load16(tile.pristine[r].as_ptr().add((j + 16 * u) * S::BYTES), mask);
             }
         }

@@ -48,7 +48,6 @@ pub struct MergeReport {
 pub struct Merger {
     targets: Vec<Target>,
     infos: Vec<LayerInfo>,
-    names: Arc<[String]>,
     index_of: BTreeMap<String, usize>,
     current: Composition,
     isa: Isa,
@@ -95,8 +94,7 @@ impl Merger {
             }
         }
         let infos: Vec<LayerInfo> = targets.iter().map(|target| target.info.clone()).collect();
-        let names = infos.iter().map(|info| info.name.clone()).collect();
-        Ok(Self { targets, infos, names, index_of, current: Composition::default(), isa: Isa::detect() })
+        Ok(Self { targets, infos, index_of, current: Composition::default(), isa: Isa::detect() })
     }
 
     /// The same with the kernel of `isa`, which must be one of [`Isa::available`]; others are ignored.
@@ -145,10 +143,9 @@ impl Merger {
 
     /// Places, orders, plans and checks.
     fn compose(&self, adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy) -> Result<Composition> {
-        let shape_of = |index: usize| (self.infos[index].rows, self.infos[index].columns);
         let mut placed = adapters
             .iter()
-            .map(|(factors, weight)| Placed::new(factors.clone(), *weight, &self.names, &self.index_of, shape_of))
+            .map(|(factors, weight)| Placed::new(factors.clone(), *weight, &self.infos, &self.index_of))
             .collect::<Result<Vec<_>>>()?;
         placed.retain(|adapter| adapter.weight != 0.0);
         placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
