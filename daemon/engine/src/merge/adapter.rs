@@ -151,7 +151,7 @@ pub(super) struct Placed {
     pub factors: Arc<AdapterFactors>,
     pub weight: f32,
     /// By the model's layer index the index of its own layer.
-    layers: Vec<Option<u32>>,
+    layers: Arc<[Option<u32>]>,
 }
 
 impl Placed {
@@ -163,9 +163,7 @@ impl Placed {
         index_of: &BTreeMap<String, usize>,
     ) -> Result<Self> {
         let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
-        if !weight.is_finite() {
-            return Err(incompatible(format!("its weight is {weight}; it must be finite")));
-        }
+        check_weight(&factors, weight)?;
         let mut own = vec![None; layers.len()];
         for (at, layer) in factors.layers().enumerate() {
             let &index = index_of.get(&layer.name).ok_or_else(|| {
@@ -184,13 +182,27 @@ impl Placed {
             }
             own[index] = Some(at as u32);
         }
-        Ok(Self { factors, weight, layers: own })
+        Ok(Self { factors, weight, layers: own.into() })
+    }
+
+    /// The same adapter on the same model with another weight.
+    pub fn with_weight(&self, weight: f32) -> Result<Self> {
+        check_weight(&self.factors, weight)?;
+        Ok(Self { weight, ..self.clone() })
     }
 
     /// Its factors on the model's layer `index`.
     pub fn layer(&self, index: usize) -> Option<&AdapterLayer> {
         self.layers.get(index).copied().flatten().map(|at| &self.factors.layers[at as usize])
     }
+}
+
+fn check_weight(factors: &AdapterFactors, weight: f32) -> Result<()> {
+    if weight.is_finite() {
+        return Ok(());
+    }
+    let reason = format!("its weight is {weight}; it must be finite");
+    Err(Error::Incompatible { adapter: factors.name().to_owned(), reason })
 }
 
 impl AdapterView for Placed {

@@ -53,13 +53,14 @@ impl MergeStrategy for Blocklora {
             .enumerate()
             .map(|(index, layer)| {
                 let owners = count_owners(index, layer.rows, adapters);
-                if self.clash == Clash::Refuse && owners.iter().any(|&count| count > 1) {
+                let disjoint = owners.iter().all(|&count| count <= 1);
+                if self.clash == Clash::Refuse && !disjoint {
                     return Err(clash(index, layer, adapters));
                 }
                 let term = |(adapter, view): (usize, &&dyn AdapterView)| {
                     let rows = view.factors(index)?.rows;
                     let alpha = alphas[adapter];
-                    let shared = rows.iter().any(|&row| owners[row as usize] > 1);
+                    let shared = !disjoint && rows.iter().any(|&row| owners[row as usize] > 1);
                     let coefficients = if self.normalise == Normalise::Owners && shared {
                         Coefficients::PerRow(rows.iter().map(|&row| alpha / owners[row as usize] as f32).collect())
                     } else {

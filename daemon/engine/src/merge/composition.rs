@@ -23,25 +23,89 @@ pub(super) struct RowTerm {
     pub coefficient: f32,
 }
 
+/// Some rows of one layer.
+#[derive(Debug)]
+pub(super) struct Marked {
+    flags: Vec<bool>,
+    count: usize,
+    first: usize,
+    last: usize,
+}
+
+impl Marked {
+    fn none_of(rows: usize) -> Self {
+        Self { flags: vec![false; rows], count: 0, first: rows, last: 0 }
+    }
+    fn mark(&mut self, row: u32) {
+        let row = row as usize;
+        self.count += usize::from(!self.flags[row]);
+        self.flags[row] = true;
+        self.first = self.first.min(row);
+        self.last = self.last.max(row);
+    }
+    fn rows(&self) -> impl Iterator<Item = u32> {
+        (self.first..=self.last).filter(|&row| self.flags[row]).map(|row| row as u32)
+    }
+}
+
 /// Some rows of one layer and the summands of each.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct RowTerms {
     /// Output rows, ordered so that rows of equal adapters lie together.
     pub rows: Vec<u32>,
+    /// Where each row's terms start, and where the last one's end.
     starts: Vec<u32>,
     terms: Vec<RowTerm>,
-    order: Vec<u32>,
 }
 
 impl RowTerms {
     /// The summands of the `index`-th of `rows`, in canonical order.
     pub fn of(&self, index: usize) -> &[RowTerm] {
-        let at = self.order[index] as usize;
-        &self.terms[self.starts[at] as usize..self.starts[at + 1] as usize]
+        &self.terms[self.starts[index] as usize..self.starts[index + 1] as usize]
     }
     /// Whether two rows take the same adapters.
     pub fn alike(&self, one: usize, other: usize) -> bool {
         self.of(one).iter().map(|term| term.adapter).eq(self.of(other).iter().map(|term| term.adapter))
+    }
+
+    /// Rows that take at most one adapter each, `found` by adapter and row.
+    fn disjoint(marked: &Marked, owned: &[u32], found: Vec<(u32, RowTerm)>) -> Self {
+        let mut rows = Vec::with_capacity(marked.count);
+        if found.len() < marked.count {
+            rows.extend(marked.rows().filter(|&row| owned[row as usize - marked.first] == 0));
+        }
+        let mut starts = vec![0; rows.len()];
+        starts.extend(0..=found.len() as u32);
+        rows.extend(found.iter().map(|(row, _)| row));
+        Self { rows, starts, terms: found.into_iter().map(|(_, term)| term).collect() }
+    }
+
+    /// Rows that take any number of adapters, `owned` of each; `found` by adapter and row.
+    fn overlapping(marked: &Marked, owned: &[u32], found: Vec<(u32, RowTerm)>) -> Self {
+        // Where each row's terms go when rows ascend; a stable counting sort keeps the canonical order.
+        let mut next: Vec<usize> = vec![0; owned.len() + 1];
+        for (row, &count) in owned.iter().enumerate() {
+            next[row + 1] = next[row] + count as usize;
+        }
+        let mut sorted = vec![RowTerm { adapter: 0, local: 0, coefficient: 0.0 }; found.len()];
+        for (row, term) in found {
+            let at = &mut next[row as usize - marked.first];
+            sorted[*at] = term;
+            *at += 1;
+        }
+        // `next` is now where each row's terms end.
+        let of = |row: u32| {
+            let row = row as usize - marked.first;
+            &sorted[next[row] - owned[row] as usize..next[row]]
+        };
+        let mut rows: Vec<u32> = marked.rows().collect();
+        rows.sort_by(|&one, &other| of(one).iter().map(|t| t.adapter).cmp(of(other).iter().map(|t| t.adapter)));
+        let (mut starts, mut terms) = (vec![0], Vec::with_capacity(sorted.len()));
+        for &row in &rows {
+            terms.extend_from_slice(of(row));
+            starts.push(terms.len() as u32);
+        }
+        Self { rows, starts, terms }
     }
 }
 
@@ -103,15 +167,13 @@ impl Composition {
 
     /// Which of `rows` rows of `layer` have other terms in `old` than here; `same` is `self.same_in(old)`.
     /// None if no row does.
-    pub fn changed_rows(&self, old: &Self, same: &[Option<usize>], layer: usize, rows: usize) -> Option<Vec<bool>> {
+    pub fn changed_rows(&self, old: &Self, same: &[Option<usize>], layer: usize, rows: usize) -> Option<Marked> {
         let (new_terms, old_terms) = (self.terms(layer), old.terms(layer));
-        let mut changed = vec![false; rows];
-        let mut any = false;
+        let mut changed = Marked::none_of(rows);
         let mut mark = |placed: &Placed, differs: &dyn Fn(usize) -> bool| {
             for (local, &row) in placed.layer(layer).map_or(&[][..], |found| &found.rows).iter().enumerate() {
                 if differs(local) {
-                    changed[row as usize] = true;
-                    any = true;
+                    changed.mark(row);
                 }
             }
         };
@@ -131,47 +193,30 @@ impl Composition {
                 mark(&old.adapters[term.adapter], &|local| coefficient(&term.coefficients, local) != 0.0);
             }
         }
-        any.then_some(changed)
+        (changed.count > 0).then_some(changed)
     }
 
-    /// The terms of those rows of `layer` that are marked.
-    pub fn row_terms(&self, layer: usize, marked: &[bool]) -> RowTerms {
-        // Counting sort: the position of each marked row, then how many terms each has, then the terms in place.
-        let mut rows = Vec::new();
-        let mut position = vec![u32::MAX; marked.len()];
-        for (row, _) in marked.iter().enumerate().filter(|(_, marked)| **marked) {
-            position[row] = rows.len() as u32;
-            rows.push(row as u32);
-        }
-        let mut starts = vec![0; rows.len() + 1];
-        self.for_each_term(layer, &position, |at, _| starts[at + 1] += 1);
-        for at in 1..starts.len() {
-            starts[at] += starts[at - 1];
-        }
-        let total = starts[rows.len()] as usize;
-        let mut next = starts.clone();
-        let mut terms = vec![RowTerm { adapter: 0, local: 0, coefficient: 0.0 }; total];
-        self.for_each_term(layer, &position, |at, term| {
-            terms[next[at] as usize] = term;
-            next[at] += 1;
-        });
-        let of = |at: u32| &terms[starts[at as usize] as usize..starts[at as usize + 1] as usize];
-        let mut order: Vec<u32> = (0..rows.len() as u32).collect();
-        order.sort_by(|&one, &other| of(one).iter().map(|t| t.adapter).cmp(of(other).iter().map(|t| t.adapter)));
-        let rows = order.iter().map(|&at| rows[at as usize]).collect();
-        RowTerms { rows, starts, terms, order }
-    }
-
-    fn for_each_term(&self, layer: usize, position: &[u32], mut each: impl FnMut(usize, RowTerm)) {
-        for term in self.terms(layer) {
-            let rows = self.adapters[term.adapter].layer(layer).map_or(&[][..], |found| &found.rows);
-            for (local, &row) in rows.iter().enumerate() {
-                let (at, c) = (position[row as usize], coefficient(&term.coefficients, local));
-                if at != u32::MAX && c != 0.0 {
-                    each(at as usize, RowTerm { adapter: term.adapter as u32, local: local as u32, coefficient: c });
+    /// The terms of those rows of `layer` that are marked, of which there must be one.
+    pub fn row_terms(&self, layer: usize, marked: &Marked) -> RowTerms {
+        let mut owned = vec![0; (marked.last + 1).saturating_sub(marked.first)];
+        let mut found = Vec::with_capacity(marked.count);
+        for Term { adapter, coefficients } in self.terms(layer) {
+            let rows = self.adapters[*adapter].layer(layer).map_or(&[][..], |found| &found.rows);
+            let start = rows.partition_point(|&row| (row as usize) < marked.first);
+            for (local, &row) in rows.iter().enumerate().skip(start) {
+                if row as usize > marked.last {
+                    break;
+                }
+                let c = coefficient(coefficients, local);
+                if marked.flags[row as usize] && c != 0.0 {
+                    owned[row as usize - marked.first] += 1;
+                    found.push((row, RowTerm { adapter: *adapter as u32, local: local as u32, coefficient: c }));
                 }
             }
         }
+        let is_disjoint = owned.iter().all(|&count: &u32| count <= 1);
+        let arrange = if is_disjoint { RowTerms::disjoint } else { RowTerms::overlapping };
+        arrange(marked, &owned, found)
     }
 }
 

@@ -205,6 +205,9 @@ impl Rewrite<'_> {
 
     /// Rewrites the `task`-th of the rows, run by run of rows that take the same adapters.
     fn run_task<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, task: Range<usize>) {
+        for &row in self.terms.rows[task.clone()].iter().take(TILE_ROWS) {
+            prefetch(&self.pristine[row as usize * self.columns * S::BYTES..][..self.columns * S::BYTES]);
+        }
         let (mut a, mut w) = (Vec::new(), Vec::new());
         let mut start = task.start;
         while start < task.end {
@@ -314,6 +317,14 @@ impl Rewrite<'_> {
             self.not_finite.fetch_min(*bad as u32, Ordering::Relaxed);
         }
     }
+}
+
+/// Asks for `bytes` to be brought near.
+fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    kernel_x86::prefetch(bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// Writes a tile; returns the largest magnitude in it before rounding, as bits.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::adapter::{AdapterFactors, Placed};
-use super::composition::Composition;
+use super::composition::{Composition, Marked};
 use super::kernel::{Isa, Rewrite};
 use super::strategy::{AdapterView, LayerInfo, MergeStrategy};
 use crate::error::{Error, Result};
@@ -145,7 +145,13 @@ impl Merger {
     fn compose(&self, adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy) -> Result<Composition> {
         let mut placed = adapters
             .iter()
-            .map(|(factors, weight)| Placed::new(factors.clone(), *weight, &self.infos, &self.index_of))
+            .map(|(factors, weight)| {
+                let known = self.current.adapters().iter().find(|placed| Arc::ptr_eq(&placed.factors, factors));
+                match known {
+                    Some(placed) => placed.with_weight(*weight),
+                    None => Placed::new(factors.clone(), *weight, &self.infos, &self.index_of),
+                }
+            })
             .collect::<Result<Vec<_>>>()?;
         placed.retain(|adapter| adapter.weight != 0.0);
         placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
@@ -193,7 +199,7 @@ impl Merger {
 }
 
 /// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many.
-fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Composition, marked: &[bool]) -> Result<usize> {
+fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Composition, marked: &Marked) -> Result<usize> {
     let terms = composition.row_terms(index, marked);
     let rewrite = Rewrite {
         isa,
