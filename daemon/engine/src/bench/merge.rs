@@ -175,7 +175,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// Whether the live weights have the file's bits.
 fn is_pristine(targets: &[Target]) -> Result<bool> {
-    let same = targets.par_iter().map(|target| crate::merge::is_pristine(target));
+    let same = targets.par_iter().map(crate::merge::is_pristine);
     same.try_reduce(|| true, |one, other| Ok(one && other))
 }
 

@@ -170,27 +170,31 @@ impl Composition {
     pub fn changed_rows(&self, old: &Self, same: &[Option<usize>], layer: usize, rows: usize) -> Option<Marked> {
         let (new_terms, old_terms) = (self.terms(layer), old.terms(layer));
         let mut changed = Marked::none_of(rows);
-        let mut mark = |placed: &Placed, differs: &dyn Fn(usize) -> bool| {
-            for (local, &row) in placed.layer(layer).map_or(&[][..], |found| &found.rows).iter().enumerate() {
-                if differs(local) {
-                    changed.mark(row);
+        // Marks the rows whose coefficient differs from the one before; without one before, those that have one.
+        let mut mark = |placed: &Placed, now: &Coefficients, before: Option<&Coefficients>| {
+            let rows = placed.layer(layer).map_or(&[][..], |found| &found.rows);
+            match (now, before.unwrap_or(&Coefficients::Uniform(0.0))) {
+                (Coefficients::Uniform(now), Coefficients::Uniform(before)) => {
+                    if (now + 0.0).to_bits() != (before + 0.0).to_bits() {
+                        rows.iter().for_each(|&row| changed.mark(row));
+                    }
+                }
+                (now, before) => {
+                    let differs = |&(local, _): &(usize, &u32)| {
+                        coefficient(now, local).to_bits() != coefficient(before, local).to_bits()
+                    };
+                    rows.iter().enumerate().filter(differs).for_each(|(_, &row)| changed.mark(row));
                 }
             }
         };
         for term in new_terms {
             let before = same[term.adapter].and_then(|there| old_terms.iter().find(|t| t.adapter == there));
-            match before.map(|before| &before.coefficients) {
-                Some(before) if *before == term.coefficients => {}
-                Some(before) => mark(&self.adapters[term.adapter], &|local| {
-                    coefficient(before, local).to_bits() != coefficient(&term.coefficients, local).to_bits()
-                }),
-                None => mark(&self.adapters[term.adapter], &|local| coefficient(&term.coefficients, local) != 0.0),
-            }
+            mark(&self.adapters[term.adapter], &term.coefficients, before.map(|before| &before.coefficients));
         }
         for term in old_terms {
             let stays = new_terms.iter().any(|new| same[new.adapter] == Some(term.adapter));
             if !stays {
-                mark(&old.adapters[term.adapter], &|local| coefficient(&term.coefficients, local) != 0.0);
+                mark(&old.adapters[term.adapter], &term.coefficients, None);
             }
         }
         (changed.count > 0).then_some(changed)

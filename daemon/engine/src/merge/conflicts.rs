@@ -1,6 +1,6 @@
 //! How much adapters get in each other's way: cosines, sign conflicts, norms and shared rows of their deltas.
 //!
-//! Inner products come from the factors, <s B A, s' B' A'> = s s' sum_p B[p] (A A'^T) B'[p]^T over the shared rows p.
+//! Inner products come from the factors, `<s B A, s' B' A'> = s s' sum_p B[p] (A A'^T) B'[p]^T` over the shared rows p.
 //! Signs need the deltas' entries, of which one row per adapter exists at a time.
 //! These are the quantities of BlockLoRA's figure 4; sums are in f64.
 

@@ -1,4 +1,4 @@
-//! The kernel that writes rows: W[p] = round(f32(W0[p]) + sum_k w_kp A_k), one pass, several rows at a time.
+//! The kernel that writes rows: `W[p] = round(f32(W0[p]) + sum_k w_kp A_k)`, one pass, several rows at a time.
 //!
 //! Every element is one chain of fused multiply-adds in the order of k, whatever the instruction set and the tile, so
 //! that all of them give the same bits.
@@ -285,14 +285,14 @@ impl Rewrite<'_> {
         w.clear();
         w.resize(a.len() * R, 0.0);
         for r in 0..R {
-            let mut k = 0;
+            let mut left = &mut w[..];
             for term in self.terms.of(first + r) {
                 if let Some((factors, scale)) = self.factors[term.adapter as usize] {
                     let scaled = term.coefficient * scale;
-                    for &b in &factors.b[term.local as usize * factors.rank..][..factors.rank] {
-                        w[k * R + r] = scaled * b;
-                        k += 1;
-                    }
+                    let b = &factors.b[term.local as usize * factors.rank..][..factors.rank];
+                    let (these, rest) = left.split_at_mut(b.len() * R);
+                    these.chunks_exact_mut(R).zip(b).for_each(|(w, &b)| w[r] = scaled * b);
+                    left = rest;
                 }
             }
         }

@@ -15,17 +15,20 @@ use crate::error::Result;
 /// that a merge of those rows can hope for.
 pub(crate) fn copy_rows(target: &Target, rows: usize) -> Result<()> {
     let bytes = rows * target.info.columns * target.pristine.dtype().size_in_bytes();
-    Ok(target.live.inplace_op1(&OnBytes { pristine: &target.pristine.bytes()[..bytes], copies: true, same: TRUE })?)
+    Ok(target.live.inplace_op1(&OnBytes {
+        pristine: &target.pristine.bytes()[..bytes],
+        copies: true,
+        same: AtomicBool::new(true),
+    })?)
 }
 
 /// Whether the live weight, which must be of the stored type, has the file's bits.
 pub(crate) fn is_pristine(target: &Target) -> Result<bool> {
-    let compare = OnBytes { pristine: target.pristine.bytes(), copies: false, same: TRUE };
+    let compare = OnBytes { pristine: target.pristine.bytes(), copies: false, same: AtomicBool::new(true) };
     target.live.inplace_op1(&compare)?;
     Ok(compare.same.into_inner())
 }
 
-const TRUE: AtomicBool = AtomicBool::new(true);
 const CHUNK: usize = 256 << 10;
 
 /// Copies to or compares with the first bytes of a live weight.

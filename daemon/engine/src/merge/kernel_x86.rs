@@ -1,6 +1,8 @@
 //! The merge kernel in AVX2 and AVX-512. Both compute what `kernel::merge_columns` says, to the bit.
 
 #![allow(unsafe_code)]
+// Rows and vectors index several arrays at once.
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 
@@ -22,7 +24,7 @@ pub(super) trait Lanes: Element {
     unsafe fn stream16(to: *mut Self, value: __m512);
 }
 
-// SAFETY of all three: the caller's promise above; nothing here needs more.
+// SAFETY of all three: the caller keeps what `Lanes` asks for; nothing here needs more.
 impl Lanes for f32 {
     #[inline(always)]
     unsafe fn load8(from: *const u8) -> __m256 {
@@ -36,6 +38,7 @@ impl Lanes for f32 {
     unsafe fn stream8(to: *mut Self, value: __m256) {
         unsafe { _mm256_stream_ps(to, value) }
     }
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
         unsafe { _mm512_maskz_loadu_ps(mask, from.cast()) }
@@ -51,6 +54,7 @@ impl Lanes for f32 {
 }
 
 impl Lanes for f16 {
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn load8(from: *const u8) -> __m256 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
@@ -63,6 +67,7 @@ impl Lanes for f16 {
     unsafe fn stream8(to: *mut Self, value: __m256) {
         unsafe { _mm_stream_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
     }
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())) }
@@ -79,6 +84,7 @@ impl Lanes for f16 {
 
 /// The bf16 bits of 16 values, rounded to nearest even; a NaN stays one. AVX512_BF16's own conversion takes
 /// denormals for zero, so it cannot be used.
+// SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn bf16_of_16(value: __m512) -> __m256i {
     unsafe {
@@ -94,6 +100,7 @@ unsafe fn bf16_of_16(value: __m512) -> __m256i {
 }
 
 /// As [`bf16_of_16`], for 8 values.
+// SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn bf16_of_8(value: __m256) -> __m128i {
     unsafe {
@@ -110,6 +117,7 @@ unsafe fn bf16_of_8(value: __m256) -> __m128i {
 }
 
 impl Lanes for bf16 {
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn load8(from: *const u8) -> __m256 {
         unsafe {
@@ -121,6 +129,7 @@ impl Lanes for bf16 {
     unsafe fn store8(to: *mut Self, value: __m256) {
         unsafe { _mm_storeu_si128(to.cast(), bf16_of_8(value)) }
     }
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn stream8(to: *mut Self, value: __m256) {
         unsafe { _mm_stream_si128(to.cast(), bf16_of_8(value)) }
@@ -132,6 +141,7 @@ impl Lanes for bf16 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
     }
+    // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
     unsafe fn store16(to: *mut Self, mask: __mmask16, value: __m512) {
         unsafe { _mm256_mask_storeu_epi16(to.cast(), mask, bf16_of_16(value)) }
@@ -189,6 +199,7 @@ pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut til
         _mm_sfence();
     } else {
         while j + WIDTH <= n {
+            // SAFETY: the caller keeps what this function asks for.
             unsafe { columns8x2::<S, T, R, false>(&mut tile, j, &mut magnitude) };
             j += WIDTH;
         }
@@ -235,6 +246,7 @@ unsafe fn sums16<S: Lanes, T: Lanes, const R: usize>(
 }
 
 /// 16 columns from column `j` on.
+// SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
     tile: &mut Tile<'_, T, R>,
@@ -253,6 +265,7 @@ unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
 }
 
 /// Those of the 16 columns from column `j` on that are in `part`.
+// SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn part16<S: Lanes, T: Lanes, const R: usize>(
     tile: &mut Tile<'_, T, R>,
@@ -296,6 +309,7 @@ pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut t
         _mm_sfence();
     } else {
         while j + 32 <= n {
+            // SAFETY: the caller keeps what this function asks for.
             unsafe { columns16::<S, T, R, 2, false>(&mut tile, j, 0xffff, &mut magnitude) };
             j += 32;
         }
@@ -308,6 +322,7 @@ pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut t
 }
 
 /// U vectors of 16 columns from column `j` on, under `mask`.
+// SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const STREAM: bool>(
     tile: &mut Tile<'_, T, R>,
@@ -334,11 +349,14 @@ unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const ST
                 }
             }
         }
+        // Two short loops, which the compiler unrolls; one long one would keep the sums in memory.
         let sign_off = _mm512_set1_epi32(0x7fff_ffff);
+        for sum in sums.as_flattened() {
+            let bits = _mm512_and_si512(_mm512_castps_si512(*sum), sign_off);
+            *magnitude = _mm512_max_epu32(*magnitude, bits);
+        }
         for r in 0..R {
             for u in 0..U {
-                let bits = _mm512_and_si512(_mm512_castps_si512(sums[r][u]), sign_off);
-                *magnitude = _mm512_max_epu32(*magnitude, bits);
                 let to = tile.live[r].as_mut_ptr().add(j + 16 * u);
                 if STREAM {
                     T::stream16(to, sums[r][u]);

@@ -61,7 +61,7 @@ impl Merger {
         let mut index_of = BTreeMap::new();
         for (index, Target { info, live, pristine }) in targets.iter().enumerate() {
             let supported = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
-            let values = info.rows.checked_mul(info.columns).unwrap_or(usize::MAX);
+            let values = info.rows.saturating_mul(info.columns);
             let reason = if live.dims() != [info.rows, info.columns] {
                 Some(format!("the live weight is {:?}, not {} x {}", live.dims(), info.rows, info.columns))
             } else if pristine.shape().first() != Some(&info.rows)

@@ -49,7 +49,7 @@ pub enum Coefficients {
     PerRow(Arc<[f32]>),
 }
 
-/// One summand of a factored plan: W[p] += c_ip * scale_i * B_i[p] A_i for the adapter's rows p.
+/// One summand of a factored plan: `W[p] += c_ip * scale_i * B_i[p] A_i` for the adapter's rows p.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Term {
     /// Index of the adapter in the list given to `plan`.
