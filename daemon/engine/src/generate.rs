@@ -46,7 +46,7 @@ pub struct Step<'a> {
     pub step: usize,
     /// Steps for each picture.
     pub steps: usize,
-    /// The latents after it, [C, H, W], as the UNet sees them.
+    /// The latents after it, [C, H, W], as the UNet sees them; of a batch all of them.
     pub latents: &'a [f32],
 }
 
@@ -71,8 +71,18 @@ impl GenerateRequest<'_> {
         self.seed.wrapping_add(image as u64)
     }
 
-    fn is_guided(&self) -> bool {
-        self.guidance_scale != 1.0
+    /// What the UNet reads: without guidance one encoding for each prompt, with guidance as many of the negative prompt
+    /// before them.
+    fn encode(&self, model: &Model, prompts: &[&str]) -> Result<Conditioning> {
+        if self.guidance_scale == 1.0 {
+            return text::encode(model, prompts, self.concepts, &Forward::default());
+        }
+        let all = [&[self.negative_prompt], prompts].concat();
+        let all = text::encode(model, &all, self.concepts, &Forward::default())?;
+        let (negative, prompts_encoded) = (all.narrow(0, 1)?, all.narrow(1, prompts.len())?);
+        let mut parts = vec![&negative; prompts.len()];
+        parts.push(&prompts_encoded);
+        Ok(Conditioning::cat(&parts)?)
     }
 
     fn latent_shape(&self, model: &Model) -> Result<(usize, usize, usize)> {
@@ -97,28 +107,58 @@ impl GenerateRequest<'_> {
     }
 }
 
-/// Generates the pictures of `request`, calling `progress` after every step; its error ends the run and is returned,
-/// [`Error::Cancelled`] being the usual one.
+/// Generates the pictures of `request`, one by one, calling `progress` after every step; its error ends the run and is
+/// returned, [`Error::Cancelled`] being the usual one.
 pub fn generate(
     model: &Model,
     request: &GenerateRequest,
     progress: &mut dyn FnMut(Step) -> Result<()>,
 ) -> Result<Vec<Picture>> {
     request.check()?;
-    let shape = request.latent_shape(model)?;
-    let prompts =
-        if request.is_guided() { vec![request.negative_prompt, request.prompt] } else { vec![request.prompt] };
-    let conditioning = text::encode(model, &prompts, request.concepts, &Forward::default())?;
+    let conditioning = request.encode(model, &[request.prompt])?;
     let mut pictures = Vec::new();
     for image in 0..request.count {
-        let mut denoiser = GuidedUNet { model, request, image, shape, conditioning: &conditioning, progress };
-        let (channels, height, width) = shape;
-        let seed = request.seed_of(image);
-        let mut latents = Rng::new(seed, Stream::Latents, 0, 0).normals(channels * height * width);
-        request.sampler.sample(&mut denoiser, &mut latents, request.steps)?;
-        pictures.push(decode(model, &latents, shape)?);
+        let mut progress = |step: Step| progress(Step { image, images: request.count, ..step });
+        pictures.extend(sample(model, request, &conditioning, &[request.seed_of(image)], &mut progress)?);
     }
     Ok(pictures)
+}
+
+/// Generates one picture for each (prompt, seed) as one batch, which is faster than one by one; of `request` the prompt,
+/// the seed and the count are not used. A picture may differ from the same one made alone by the rounding of f32.
+/// `progress` gets the latents of the whole batch, [N, C, H, W].
+pub fn generate_batch(
+    model: &Model,
+    request: &GenerateRequest,
+    prompts_and_seeds: &[(&str, u64)],
+    progress: &mut dyn FnMut(Step) -> Result<()>,
+) -> Result<Vec<Picture>> {
+    request.check()?;
+    if prompts_and_seeds.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (prompts, seeds): (Vec<&str>, Vec<u64>) = prompts_and_seeds.iter().copied().unzip();
+    sample(model, request, &request.encode(model, &prompts)?, &seeds, progress)
+}
+
+/// Samples one picture for each seed under `conditioning`: the negative prompts first if guided, then the prompts.
+fn sample(
+    model: &Model,
+    request: &GenerateRequest,
+    conditioning: &Conditioning,
+    seeds: &[u64],
+    progress: &mut dyn FnMut(Step) -> Result<()>,
+) -> Result<Vec<Picture>> {
+    let (channels, height, width) = request.latent_shape(model)?;
+    let shape = (seeds.len(), channels, height, width);
+    let size = channels * height * width;
+    let start = |seed: &u64| Rng::new(*seed, Stream::Latents, 0, 0).normals(size);
+    let mut latents: Vec<f32> = seeds.iter().flat_map(start).collect();
+    let guidance_scale = request.guidance_scale;
+    let mut denoiser = GuidedUNet { model, guidance_scale, conditioning, seeds, shape, progress };
+    // Every sampler treats each number for itself, so that a batch is one long vector to it.
+    request.sampler.sample(&mut denoiser, &mut latents, request.steps)?;
+    latents.chunks(size).map(|latents| decode(model, latents, (channels, height, width))).collect()
 }
 
 /// The picture of `latents` [C, H, W], scaled as the UNet sees them.
@@ -132,10 +172,11 @@ pub fn decode(model: &Model, latents: &[f32], (channels, height, width): (usize,
 /// A UNet under classifier-free guidance (Ho and Salimans, 2022), as samplers see it.
 struct GuidedUNet<'a> {
     model: &'a Model,
-    request: &'a GenerateRequest<'a>,
-    image: usize,
-    shape: (usize, usize, usize),
+    guidance_scale: f32,
     conditioning: &'a Conditioning,
+    seeds: &'a [u64],
+    /// [N, C, H, W].
+    shape: (usize, usize, usize, usize),
     progress: &'a mut dyn FnMut(Step) -> Result<()>,
 }
 
@@ -145,9 +186,8 @@ impl Denoiser for GuidedUNet<'_> {
     }
 
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()> {
-        let (channels, height, width) = self.shape;
-        let guided = self.request.is_guided();
-        let z = Tensor::from_slice(latents, (1, channels, height, width), self.model.device())?;
+        let guided = self.guidance_scale != 1.0;
+        let z = Tensor::from_slice(latents, self.shape, self.model.device())?;
         let z = if guided { Tensor::cat(&[&z, &z], 0)? } else { z };
         let timesteps = vec![timestep; z.dim(0)?];
         let output = self.model.unet().forward(&z, &timesteps, self.conditioning, &Forward::default())?;
@@ -155,7 +195,7 @@ impl Denoiser for GuidedUNet<'_> {
         if guided {
             let (negative, positive) = output.split_at(latents.len());
             for ((eps, negative), positive) in eps.iter_mut().zip(negative).zip(positive) {
-                *eps = negative + self.request.guidance_scale * (positive - negative);
+                *eps = negative + self.guidance_scale * (positive - negative);
             }
         } else {
             eps.copy_from_slice(&output);
@@ -170,13 +210,16 @@ impl Denoiser for GuidedUNet<'_> {
     }
 
     fn noise(&mut self, step: usize, out: &mut [f32]) {
-        Rng::new(self.request.seed_of(self.image), Stream::Sampler, step as u32, 0).fill_normal(out);
+        let size = out.len() / self.seeds.len();
+        for (out, &seed) in out.chunks_mut(size).zip(self.seeds) {
+            Rng::new(seed, Stream::Sampler, step as u32, 0).fill_normal(out);
+        }
     }
 
     fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> Result<()> {
         if let Some(&value) = latents.iter().find(|value| !value.is_finite()) {
             return Err(Error::NotFinite { what: "a latent of the picture".into(), value, step });
         }
-        (self.progress)(Step { image: self.image, images: self.request.count, step, steps, latents })
+        (self.progress)(Step { image: 0, images: self.seeds.len(), step, steps, latents })
     }
 }

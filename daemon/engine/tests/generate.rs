@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blocklora_engine::generate::{GenerateRequest, generate};
+use blocklora_engine::generate::{GenerateRequest, generate, generate_batch};
 use blocklora_engine::image::{AdapterUse, Picture, read_parameters};
 use blocklora_engine::model::Model;
 use blocklora_engine::sample::{Ddim, Sampler, by_id};
@@ -108,6 +108,28 @@ fn picture_i_is_the_picture_of_seed_plus_i() {
         assert_eq!(quiet(&model, &GenerateRequest { seed, ..request(&*sampler) }).unwrap()[0], *picture, "{seed}");
     }
     assert_ne!(many[0], many[1]);
+}
+
+#[test]
+fn a_batch_gives_the_same_pictures_as_one_by_one() {
+    let model = model();
+    for (id, guidance_scale) in [("euler-a", 7.5), ("ddim", 1.0)] {
+        let sampler = by_id(id).unwrap();
+        let base = GenerateRequest { guidance_scale, ..request(&*sampler) };
+        let items = [("a photo of a cat", 5), ("dog", 5), ("dog", 6)];
+        let together = generate_batch(&model, &base, &items, &mut |step| {
+            assert_eq!((step.images, step.latents.len()), (3, 3 * 4 * 8 * 8));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(together.len(), 3);
+        for ((prompt, seed), picture) in items.into_iter().zip(&together) {
+            let alone = quiet(&model, &GenerateRequest { prompt, seed, ..base }).unwrap().remove(0);
+            let worst = alone.pixels().iter().zip(picture.pixels()).map(|(a, b)| a.abs_diff(*b)).max();
+            assert!(worst <= Some(1), "{id} {prompt:?} {seed}: off by {worst:?} / 255");
+        }
+        assert!(generate_batch(&model, &base, &[], &mut |_| Ok(())).unwrap().is_empty());
+    }
 }
 
 #[test]
