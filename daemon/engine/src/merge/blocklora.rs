@@ -48,29 +48,27 @@ impl MergeStrategy for Blocklora {
             Normalise::Owners => adapters.iter().map(|adapter| adapter.weight()).collect(),
             Normalise::Sum1 => sum_to_one(adapters)?,
         };
-        layers
-            .iter()
-            .enumerate()
-            .map(|(index, layer)| {
-                let owners = count_owners(index, layer.rows, adapters);
-                let disjoint = owners.iter().all(|&count| count <= 1);
-                if self.clash == Clash::Refuse && !disjoint {
-                    return Err(clash(index, layer, adapters));
+        let plan_layer = |(index, layer): (usize, &LayerInfo)| {
+            let terms = adapters.iter().zip(&alphas).enumerate();
+            let terms = terms.filter_map(|(adapter, (view, &alpha))| Some((adapter, view.factors(index)?.rows, alpha)));
+            let terms: Vec<(usize, &[u32], f32)> = terms.collect();
+            let term = |adapter, coefficients| Term { adapter, coefficients };
+            if are_disjoint(layer.rows, terms.iter().map(|(_, rows, _)| *rows)) {
+                return Ok(terms.into_iter().map(|(i, _, alpha)| term(i, Coefficients::Uniform(alpha))).collect());
+            }
+            if self.clash == Clash::Refuse {
+                return Err(clash(index, layer, adapters));
+            }
+            let owners = count_owners(layer.rows, terms.iter().map(|(_, rows, _)| *rows));
+            let mean = |rows: &[u32], alpha: f32| match self.normalise {
+                Normalise::Owners => {
+                    Coefficients::PerRow(rows.iter().map(|&row| alpha / owners[row as usize] as f32).collect())
                 }
-                let term = |(adapter, view): (usize, &&dyn AdapterView)| {
-                    let rows = view.factors(index)?.rows;
-                    let alpha = alphas[adapter];
-                    let shared = !disjoint && rows.iter().any(|&row| owners[row as usize] > 1);
-                    let coefficients = if self.normalise == Normalise::Owners && shared {
-                        Coefficients::PerRow(rows.iter().map(|&row| alpha / owners[row as usize] as f32).collect())
-                    } else {
-                        Coefficients::Uniform(alpha)
-                    };
-                    Some(Term { adapter, coefficients })
-                };
-                Ok(adapters.iter().enumerate().filter_map(term).collect())
-            })
-            .collect()
+                Normalise::Sum1 => Coefficients::Uniform(alpha),
+            };
+            Ok(terms.into_iter().map(|(i, rows, alpha)| term(i, mean(rows, alpha))).collect())
+        };
+        layers.iter().enumerate().map(plan_layer).collect()
     }
 }
 
@@ -85,14 +83,18 @@ pub(super) fn sum_to_one(adapters: &[&dyn AdapterView]) -> Result<Vec<f32>> {
     }
 }
 
-/// How many adapters own each row of a layer.
-fn count_owners(layer: usize, rows: usize, adapters: &[&dyn AdapterView]) -> Vec<u32> {
-    let mut owners = vec![0; rows];
-    for factors in adapters.iter().filter_map(|adapter| adapter.factors(layer)) {
-        for &row in factors.rows {
-            owners[row as usize] += 1;
-        }
-    }
+/// Whether no row of a layer's `m` is in two of the ascending lists.
+fn are_disjoint<'a>(m: usize, lists: impl Iterator<Item = &'a [u32]> + Clone) -> bool {
+    // Blocks one after the other need no look at every row.
+    let mut spans: Vec<(u32, u32)> = lists.clone().filter_map(|rows| Some((*rows.first()?, *rows.last()?))).collect();
+    spans.sort_unstable();
+    spans.windows(2).all(|pair| pair[0].1 < pair[1].0) || count_owners(m, lists).iter().all(|&count| count <= 1)
+}
+
+/// How many of the lists have each of a layer's `m` rows.
+fn count_owners<'a>(m: usize, lists: impl Iterator<Item = &'a [u32]>) -> Vec<u32> {
+    let mut owners = vec![0; m];
+    lists.flatten().for_each(|&row| owners[row as usize] += 1);
     owners
 }
 

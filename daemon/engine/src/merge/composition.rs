@@ -43,6 +43,10 @@ impl Marked {
         self.first = self.first.min(row);
         self.last = self.last.max(row);
     }
+    /// The lowest row.
+    pub fn first(&self) -> usize {
+        self.first
+    }
     fn rows(&self) -> impl Iterator<Item = u32> {
         (self.first..=self.last).filter(|&row| self.flags[row]).map(|row| row as u32)
     }
@@ -62,6 +66,10 @@ impl RowTerms {
     /// The summands of the `index`-th of `rows`, in canonical order.
     pub fn of(&self, index: usize) -> &[RowTerm] {
         &self.terms[self.starts[index] as usize..self.starts[index + 1] as usize]
+    }
+    /// The terms of all rows.
+    pub fn all(&self) -> &[RowTerm] {
+        &self.terms
     }
     /// Whether two rows take the same adapters.
     pub fn alike(&self, one: usize, other: usize) -> bool {
@@ -206,6 +214,14 @@ impl Composition {
         let mut found = Vec::with_capacity(marked.count);
         for Term { adapter, coefficients } in self.terms(layer) {
             let rows = self.adapters[*adapter].layer(layer).map_or(&[][..], |found| &found.rows);
+            // Most adapters own other rows; their first and last ones tell, without a search through cold memory.
+            let outside = |rows: &[u32]| {
+                rows.first().is_none_or(|&first| first as usize > marked.last)
+                    || rows.last().is_none_or(|&last| (last as usize) < marked.first)
+            };
+            if outside(rows) {
+                continue;
+            }
             let start = rows.partition_point(|&row| (row as usize) < marked.first);
             for (local, &row) in rows.iter().enumerate().skip(start) {
                 if row as usize > marked.last {

@@ -171,6 +171,9 @@ const TASK_BYTES: usize = 128 << 10;
 /// The most rows that share each load of A: as many as keep their sums in registers.
 const TILE_ROWS: usize = 8;
 
+/// How far [`prefetch`] goes.
+const AHEAD_BYTES: usize = 16 << 10;
+
 /// The live matrix, which tasks write disjoint rows of.
 struct LiveRows<T>(*mut T);
 #[allow(unsafe_code)]
@@ -196,18 +199,19 @@ impl Rewrite<'_> {
         let rows = self.terms.rows.len();
         let rows_per_task = (TASK_BYTES / (n * T::BYTES)).next_multiple_of(TILE_ROWS).max(TILE_ROWS);
         let live = LiveRows(live.as_mut_ptr());
-        (0..rows.div_ceil(rows_per_task)).into_par_iter().for_each(|task| {
+        let run = |task| {
             let (start, end) = (task * rows_per_task, rows.min((task + 1) * rows_per_task));
             self.run_task::<S, T>(&live, start..end)
-        });
+        };
+        match rows.div_ceil(rows_per_task) {
+            1 => run(0),
+            tasks => (0..tasks).into_par_iter().for_each(run),
+        }
         Ok(())
     }
 
     /// Rewrites the `task`-th of the rows, run by run of rows that take the same adapters.
     fn run_task<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, task: Range<usize>) {
-        for &row in self.terms.rows[task.clone()].iter().take(TILE_ROWS) {
-            prefetch(&self.pristine[row as usize * self.columns * S::BYTES..][..self.columns * S::BYTES]);
-        }
         let (mut a, mut w) = (Vec::new(), Vec::new());
         let mut start = task.start;
         while start < task.end {
@@ -319,10 +323,10 @@ impl Rewrite<'_> {
     }
 }
 
-/// Asks for `bytes` to be brought near.
-fn prefetch(bytes: &[u8]) {
+/// Asks for the first tile's worth of `bytes` to be brought near, while there is other work to do.
+pub(super) fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    kernel_x86::prefetch(bytes);
+    kernel_x86::prefetch(&bytes[..bytes.len().min(AHEAD_BYTES)]);
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bytes;
 }

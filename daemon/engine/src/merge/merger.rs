@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::adapter::{AdapterFactors, Placed};
 use super::composition::{Composition, Marked};
-use super::kernel::{Isa, Rewrite};
+use super::kernel::{Isa, Rewrite, prefetch};
 use super::strategy::{AdapterView, LayerInfo, MergeStrategy};
 use crate::error::{Error, Result};
 use crate::weights::WeightView;
@@ -200,18 +200,23 @@ impl Merger {
 
 /// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many.
 fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Composition, marked: &Marked) -> Result<usize> {
+    let row_bytes = target.info.columns * target.pristine.dtype().size_in_bytes();
+    prefetch(&target.pristine.bytes()[marked.first() * row_bytes..]);
     let terms = composition.row_terms(index, marked);
+    let mut factors = vec![None; composition.adapters().len()];
+    for term in terms.all() {
+        let (placed, found) = (&composition.adapters()[term.adapter as usize], &mut factors[term.adapter as usize]);
+        if found.is_none() {
+            *found = placed.layer(index).map(|layer| (layer, placed.factors.scale()));
+        }
+    }
     let rewrite = Rewrite {
         isa,
         stored: target.pristine.dtype(),
         pristine: target.pristine.bytes(),
         columns: target.info.columns,
         terms: &terms,
-        factors: composition
-            .adapters()
-            .iter()
-            .map(|placed| Some((placed.layer(index)?, placed.factors.scale())))
-            .collect(),
+        factors,
         not_finite: AtomicU32::new(u32::MAX),
     };
     target.live.inplace_op1(&rewrite)?;
