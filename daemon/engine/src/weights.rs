@@ -123,6 +123,10 @@ impl WeightView {
     pub fn bytes(&self) -> &[u8] {
         &self.file.map[self.bytes.clone()]
     }
+    /// Where its bytes begin in the file.
+    pub fn offset(&self) -> u64 {
+        self.bytes.start as u64
+    }
     /// An error about this tensor.
     pub fn error(&self, reason: impl Into<String>) -> Error {
         Error::InvalidTensor { path: self.file.path.clone(), tensor: self.name.clone(), reason: reason.into() }

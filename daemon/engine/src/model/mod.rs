@@ -2,6 +2,7 @@
 
 pub mod config;
 mod folder;
+mod save;
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ pub struct Model {
     scheduler: SchedulerConfig,
     layers: Vec<AdaptableLayer>,
     infos: Vec<LayerInfo>,
-    files: Vec<(Component, Arc<WeightFile>)>,
+    /// In the order of [`Component::ALL`].
+    files: [Arc<WeightFile>; 3],
     digest: OnceLock<String>,
 }
 
@@ -65,23 +67,18 @@ impl Model {
         let tokenizer = Tokenizer::open(&dir.join("tokenizer"), &text_config)?;
 
         let layers = RefCell::default();
-        let mut files = Vec::new();
-        let mut open = |component| -> Result<Arc<WeightFile>> {
-            let file = folder::open_weights(dir, component)?;
-            files.push((component, file.clone()));
-            Ok(file)
-        };
-        let text_file = open(Component::TextEncoder)?;
-        let unet_file = open(Component::UNet)?;
-        let vae_file = open(Component::Vae)?;
-
-        let loader = Loader::new(unet_file, "unet", device, precision, &layers);
+        let [text_file, unet_file, vae_file] = [
+            folder::open_weights(dir, Component::TextEncoder)?,
+            folder::open_weights(dir, Component::UNet)?,
+            folder::open_weights(dir, Component::Vae)?,
+        ];
+        let loader = Loader::new(unet_file.clone(), "unet", device, precision, &layers);
         let unet = UNet::load(&loader.root(), &unet_config)?;
         loader.finish(&[])?;
-        let loader = Loader::new(text_file, "text_encoder", device, precision, &layers);
+        let loader = Loader::new(text_file.clone(), "text_encoder", device, precision, &layers);
         let text_encoder = ClipTextEncoder::load(&loader.root(), &text_config)?;
         loader.finish(&["text_model.embeddings.position_ids"])?;
-        let loader = Loader::new(vae_file, "vae", device, precision, &layers);
+        let loader = Loader::new(vae_file.clone(), "vae", device, precision, &layers);
         let vae = Vae::load(&loader.root(), &vae_config)?;
         loader.finish(&[])?;
 
@@ -98,7 +95,7 @@ impl Model {
             scheduler,
             layers,
             infos,
-            files,
+            files: [text_file, unet_file, vae_file],
             digest: OnceLock::new(),
         })
     }
@@ -187,11 +184,20 @@ impl Model {
         )
     }
 
+    /// The mapped weight file of `component`.
+    pub fn weight_file(&self, component: Component) -> &Arc<WeightFile> {
+        match component {
+            Component::TextEncoder => &self.files[0],
+            Component::UNet => &self.files[1],
+            Component::Vae => &self.files[2],
+        }
+    }
+
     /// SHA-256, in hex, over the names and SHA-256 digests of the weight files. Computed on first use: it reads them.
     pub fn digest(&self) -> &str {
         self.digest.get_or_init(|| {
             let mut hash = Sha256::new();
-            for (component, file) in &self.files {
+            for (component, file) in Component::ALL.into_iter().zip(&self.files) {
                 hash.update(format!("{} {}\n", component.folder(), file.digest()));
             }
             hex(&hash.finalize())

@@ -1,5 +1,6 @@
 //! From prompts to what the UNet's cross-attentions read.
 
+use blocklora_spec::TokenVectors;
 use candle_core::{DType, Tensor};
 
 use super::prompt::{ConceptSlots, Prompt, TokenisedPrompt};
@@ -7,25 +8,13 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::{Conditioning, Forward};
 
-/// One token of a concept: a vector for every cross-attention ("P+", arXiv 2303.09522), or one for all.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenVectors {
-    /// The token's name.
-    pub name: String,
-    /// Number of vectors: 1, or the model's cross-attention layers.
-    pub layers: usize,
-    /// Width of each vector.
-    pub width: usize,
-    /// [layers, width], row-major.
-    pub values: Vec<f32>,
-}
-
 /// A concept as prompts name it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Concept {
     /// Its name; prompts write it in angle brackets.
     pub name: String,
-    /// The tokens that its name stands for.
+    /// The tokens that its name stands for: each a vector for every cross-attention ("P+", arXiv 2303.09522), or one for
+    /// all.
     pub tokens: Vec<TokenVectors>,
 }
 

@@ -4,6 +4,7 @@ mod encode;
 mod prompt;
 mod tokenizer;
 
-pub use encode::{Concept, TokenVectors, encode, encode_with};
+pub use blocklora_spec::TokenVectors;
+pub use encode::{Concept, encode, encode_with};
 pub use prompt::{ConceptSlots, Prompt, Slot, TokenisedPrompt};
 pub use tokenizer::Tokenizer;
