@@ -194,6 +194,31 @@ fn layer_wise_prompts_are_encoded_per_layer() {
     shared(encode(&[dog, cat], &["<dog>", "a cat"]));
 }
 
+#[test]
+fn prompts_that_cannot_be_encoded_say_why() {
+    let dir = model_folder("starter", DType::F32);
+    let model = load(dir.path(), DType::F32);
+    let concept = |name: &str, layers: usize, width: usize, count: usize| Concept {
+        name: name.into(),
+        tokens: vec![TokenVectors { name: name.into(), layers, width, values: vec![0.5; count] }],
+    };
+    let check = |prompt: &str, concepts: &[Concept], word: &str| {
+        let error = text::encode(&model, &[prompt], concepts, &Forward::default()).unwrap_err().to_string();
+        assert!(error.contains(word), "{prompt:?}: {word:?} is not in: {error}");
+    };
+    let cat = concept("cat", 1, 24, 24);
+    check("a <dog>", &[cat.clone()], "no concept <dog> is loaded (loaded: <cat>)");
+    check("a <dog>", &[], "loaded: none");
+    // 24 positions hold 22 tokens beside begin and end.
+    assert!(text::encode(&model, &[&"1".repeat(22)], &[], &Forward::default()).is_ok());
+    check(&"1".repeat(23), &[], "23 tokens are too long: this model reads 22");
+    check(&"<cat>".repeat(23), &[cat.clone()], "too long");
+    check("<cat>", &[cat.clone(), cat], "same name");
+    check("<cat>", &[concept("cat", 1, 32, 32)], "width 32, the model's 24");
+    check("<cat>", &[concept("cat", 16, 24, 16 * 24)], "16 vectors, the model 10 cross-attentions");
+    check("<cat>", &[concept("cat", 10, 24, 24)], "24 values for 10 vectors");
+}
+
 /// A UNet reads encoding k at cross-attention k: equal encodings give what a shared one gives, and each one matters.
 #[test]
 fn every_cross_attention_reads_its_own_encoding() {

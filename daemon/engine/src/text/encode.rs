@@ -26,7 +26,11 @@ pub fn encode(model: &Model, prompts: &[&str], concepts: &[Concept], with: &Forw
     let slots: Vec<_> =
         concepts.iter().map(|concept| ConceptSlots { name: &concept.name, tokens: concept.tokens.len() }).collect();
     let mut vectors = Vec::new();
-    for concept in concepts {
+    for (i, concept) in concepts.iter().enumerate() {
+        if concepts[..i].iter().any(|other| other.name == concept.name) {
+            let reason = "another concept has the same name, so that a prompt cannot tell them apart; rename one";
+            return Err(Error::Incompatible { adapter: concept.name.clone(), reason: reason.into() });
+        }
         for token in &concept.tokens {
             if token.layers.checked_mul(token.width) != Some(token.values.len()) {
                 let reason = format!(
