@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, 
 
 use super::cpu::{Matrix, MatrixMut, Shared, Threads, Values, applies, filled, matmul, parallel, scratch, values};
 use super::reference;
-use super::simd::{dispatch, exp, sum_of};
+use super::simd::{dispatch, exp, sum_of, sum_of_pairs};
 
 /// softmax(scale q k^T) v in `heads` heads. `q` [B, T, heads * d], `k` and `v` [B, S, heads * d] -> [B, T, heads * d].
 /// `causal` hides later positions (S = T).
@@ -99,7 +99,7 @@ fn softmax_body<const FMA: bool>(row: &mut [f32]) {
     let max = lanes.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
     row.iter_mut().for_each(|x| *x = exp::<FMA>(*x - max));
     let row = &mut row[..];
-    let inverse = 1.0 / sum_of(row.len(), |i| row[i]);
+    let inverse = 1.0 / sum_of(row, |x| x);
     row.iter_mut().for_each(|x| *x *= inverse);
 }
 
@@ -107,7 +107,7 @@ fn softmax_body<const FMA: bool>(row: &mut [f32]) {
 #[inline(always)]
 fn softmax_gradient_body<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
     let (weights, grad) = (&weights[..grad.len()], grad);
-    let mean = sum_of(weights.len(), |i| weights[i] * grad[i]);
+    let mean = sum_of_pairs(weights, grad, |weight, grad| weight * grad);
     for (grad, &weight) in grad.iter_mut().zip(weights) {
         *grad = weight * (*grad - mean);
     }

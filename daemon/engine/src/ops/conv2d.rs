@@ -44,7 +44,11 @@ struct Conv2d {
 }
 
 /// Elements of an unfolded tile: what the second-level cache holds.
-const TILE: usize = 1 << 19;
+const TILE: usize = 1 << 18;
+/// Images of at most so many positions are put side by side,
+const SMALL: usize = 128;
+/// until there are so many.
+const GROUP: usize = 128;
 
 impl Conv2d {
     /// Whether an image is its own unfolding.
@@ -61,7 +65,7 @@ impl Conv2d {
     fn by_positions(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
         let (g, outputs) = (&self.geometry, self.outputs);
         let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
-        let columns = (TILE / depth.max(1)).clamp(64, 512);
+        let columns = (TILE / depth.max(1)).clamp(64, 256);
         let tiles = positions.div_ceil(columns);
         let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
         parallel(self.batch * tiles, self.work(), |task| {
@@ -95,7 +99,7 @@ impl Conv2d {
     fn by_images(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
         let (g, outputs) = (&self.geometry, self.outputs);
         let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
-        let images = (256 / positions).clamp(1, self.batch);
+        let images = (GROUP / positions).clamp(1, self.batch);
         let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
         parallel(self.batch.div_ceil(images), self.work(), |tile| {
             let (start, end) = (tile * images, self.batch.min((tile + 1) * images));
@@ -126,31 +130,54 @@ impl Conv2d {
         });
     }
 
-    /// dx = fold(W^T grad), for some channels of one image at a time.
+    /// dx = fold(W^T grad), for some channels of one image, or of several small ones, at a time.
     fn backward(&self, grad: &[f32], weight: &[f32], dx: &mut [f32]) {
-        let g = &self.geometry;
+        let (g, outputs) = (&self.geometry, self.outputs);
         let (taps, positions, pixels) = (g.taps(), g.positions(), g.height * g.width);
         let depth = self.channels * taps;
-        let block = (TILE / (taps * positions).max(1)).clamp(4, 64).min(self.channels.max(1));
+        let images = if positions <= SMALL { (GROUP / positions).clamp(1, self.batch) } else { 1 };
+        let columns = images * positions;
+        let block = (TILE / (taps * columns)).clamp(4, 64).min(self.channels);
         let blocks = self.channels.div_ceil(block);
         let dx = Shared::new(dx);
-        parallel(self.batch * blocks, self.work(), |task| {
-            let (image, start) = (task / blocks, task % blocks * block);
-            let channels = block.min(self.channels - start);
-            let grad = Matrix::new(&grad[image * self.outputs * positions..], self.outputs, positions);
-            let weight = Matrix::strided(&weight[start * taps..], self.outputs, channels * taps, depth).t();
-            let first = (image * self.channels + start) * pixels;
-            // SAFETY: each task has its own channels of dx.
-            #[allow(unsafe_code)]
-            let dx = unsafe { dx.slice(first..first + channels * pixels) };
-            if self.is_pointwise() {
-                return matmul(MatrixMut::new(dx, channels, pixels), false, weight, grad, 1.0, Threads::One);
-            }
-            scratch(channels * taps * positions, |unfolded| {
-                matmul(MatrixMut::new(unfolded, channels * taps, positions), false, weight, grad, 1.0, Threads::One);
-                for (rows, dx) in unfolded.chunks_exact(taps * positions).zip(dx.chunks_exact_mut(pixels)) {
-                    fold(g, rows, dx);
+        parallel(self.batch.div_ceil(images) * blocks, self.work(), |task| {
+            let (first, start) = (task / blocks * images, task % blocks * block);
+            let (images, channels) = (images.min(self.batch - first), block.min(self.channels - start));
+            let columns = images * positions;
+            let weight = Matrix::strided(&weight[start * taps..], outputs, channels * taps, depth).t();
+            let dx = |image: usize| {
+                let first = ((first + image) * self.channels + start) * pixels;
+                // SAFETY: each task has its own channels of its own images.
+                #[allow(unsafe_code)]
+                unsafe {
+                    dx.slice(first..first + channels * pixels)
                 }
+            };
+            let grad = &grad[first * outputs * positions..(first + images) * outputs * positions];
+            let product = |grad: &[f32]| {
+                let grad = Matrix::new(grad, outputs, columns);
+                if self.is_pointwise() && images == 1 {
+                    return matmul(MatrixMut::new(dx(0), channels, pixels), false, weight, grad, 1.0, Threads::One);
+                }
+                scratch(channels * taps * columns, |unfolded| {
+                    let to = MatrixMut::new(unfolded, channels * taps, columns);
+                    matmul(to, false, weight, grad, 1.0, Threads::One);
+                    for image in 0..images {
+                        for (channel, dx) in dx(image).chunks_exact_mut(pixels).enumerate() {
+                            fold(g, &mut unfolded[channel * taps * columns + image * positions..], columns, dx);
+                        }
+                    }
+                });
+            };
+            if images == 1 {
+                return product(grad);
+            }
+            scratch(outputs * columns, |gathered| {
+                for (i, grad) in grad.chunks_exact(positions).enumerate() {
+                    let (image, output) = (i / outputs, i % outputs);
+                    gathered[output * columns + image * positions..][..positions].copy_from_slice(grad);
+                }
+                product(gathered);
             });
         });
     }
@@ -168,7 +195,7 @@ impl CustomOp1 for Conv2d {
             Ok(weight.with_all(|weight| {
                 filled(self.batch * self.outputs * g.positions(), |y| {
                     if y.is_empty() {
-                    } else if g.positions() <= 128 && self.batch > 1 {
+                    } else if g.positions() <= SMALL && self.batch > 1 {
                         self.by_images(x, weight, y);
                     } else {
                         self.by_positions(x, weight, y);
@@ -183,7 +210,13 @@ impl CustomOp1 for Conv2d {
         let grad = grad.contiguous()?;
         let grad = Values::of(&grad)?;
         let dx = with_weight(&self.weight, |weight| {
-            Ok(weight.with_all(|weight| filled(x.elem_count(), |dx| self.backward(&grad, weight, dx))))
+            Ok(weight.with_all(|weight| {
+                filled(x.elem_count(), |dx| {
+                    if !dx.is_empty() && !grad.is_empty() {
+                        self.backward(&grad, weight, dx);
+                    }
+                })
+            }))
         })?;
         Tensor::from_vec(dx, x.shape(), &Device::Cpu).map(Some)
     }

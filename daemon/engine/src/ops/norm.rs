@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use super::cpu::{Shared, Values, applies, filled, parallel, small_weight, values};
 use super::elementwise::silu_derivative;
 use super::reference;
-use super::simd::{dispatch, fma, sigmoid, sum_of};
+use super::simd::{dispatch, fma, sigmoid, sum_of_pairs};
 
 /// Group normalisation over [C / groups, H, W], then scale and shift by channel, then SiLU if asked.
 /// `x` [B, C, ...].
@@ -37,6 +37,9 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let width = x.dim(D::Minus1)?;
     x.contiguous()?.apply_op1(Norm::new(weight, bias, width, width, 1, eps, false)?)
 }
+
+/// Elements of a task, roughly.
+const TASK: usize = 1 << 12;
 
 struct Norm {
     /// Scale and shift of each channel.
@@ -71,11 +74,9 @@ impl Norm {
         Ok(Self { weight, bias, span, pixels, eps: eps as f32, with_silu })
     }
 
-    /// The channels of span `i`.
-    fn channels(&self, i: usize) -> std::ops::Range<usize> {
-        let per_span = self.span / self.pixels;
-        let start = i * per_span % self.weight.len();
-        start..start + per_span
+    /// Elements of a task: whole spans.
+    fn task_len(&self) -> usize {
+        (TASK / self.span.max(1)).max(1) * self.span
     }
 }
 
@@ -86,84 +87,82 @@ impl CustomOp1 for Norm {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(storage, layout, self.name())?;
-        let span = self.span;
+        let len = self.task_len();
         let y = filled(x.len(), |y| {
-            let y = Shared::new(y);
-            parallel(x.len().checked_div(span).unwrap_or(0), x.len() * 8, |i| {
-                // SAFETY: each task has its own span.
+            let (total, y) = (x.len(), Shared::new(y));
+            parallel(total.div_ceil(len.max(1)), total * 8, |task| {
+                let range = task * len..total.min((task + 1) * len);
+                // SAFETY: each task has its own spans.
                 #[allow(unsafe_code)]
-                let y = unsafe { y.slice(i * span..(i + 1) * span) };
-                let channels = self.channels(i);
-                forward(
-                    &x[i * span..(i + 1) * span],
-                    &self.weight[channels.clone()],
-                    &self.bias[channels],
-                    self.pixels,
-                    self.eps,
-                    self.with_silu,
-                    y,
-                );
+                let y = unsafe { y.slice(range.clone()) };
+                forward(self, &x[range.clone()], range.start, y);
             });
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (shape, grad, span) = (x.shape().clone(), grad.contiguous()?, self.span);
+        let (shape, grad, len) = (x.shape().clone(), grad.contiguous()?, self.task_len());
         let (x, grad) = (Values::of(x)?, Values::of(&grad)?);
         let (x, grad) = (&x[..], &grad[..]);
         let dx = filled(x.len(), |dx| {
-            let dx = Shared::new(dx);
-            parallel(x.len().checked_div(span).unwrap_or(0), x.len() * 16, |i| {
-                let range = i * span..(i + 1) * span;
-                // SAFETY: each task has its own span.
+            let (total, dx) = (x.len(), Shared::new(dx));
+            parallel(total.div_ceil(len.max(1)), total * 16, |task| {
+                let range = task * len..total.min((task + 1) * len);
+                // SAFETY: each task has its own spans.
                 #[allow(unsafe_code)]
                 let dx = unsafe { dx.slice(range.clone()) };
-                let channels = self.channels(i);
-                backward(
-                    &x[range.clone()],
-                    &grad[range],
-                    &self.weight[channels.clone()],
-                    &self.bias[channels],
-                    self.pixels,
-                    self.eps,
-                    self.with_silu,
-                    dx,
-                );
+                backward(self, &x[range.clone()], &grad[range.clone()], range.start, dx);
             });
         });
         Tensor::from_vec(dx, shape, &candle_core::Device::Cpu).map(Some)
     }
 }
 
-dispatch!(fn forward(x: &[f32], weight: &[f32], bias: &[f32], pixels: usize, eps: f32, with_silu: bool, y: &mut [f32])
-    = forward_body);
-dispatch!(fn backward(x: &[f32], grad: &[f32], weight: &[f32], bias: &[f32], pixels: usize, eps: f32, with_silu: bool,
-    dx: &mut [f32]) = backward_body);
+dispatch!(fn forward(norm: &Norm, x: &[f32], first: usize, y: &mut [f32]) = forward_spans);
+dispatch!(fn backward(norm: &Norm, x: &[f32], grad: &[f32], first: usize, dx: &mut [f32]) = backward_spans);
 
-/// The sum of term(i) for i in 0..n: blocks in f32, their sums in f64, so that a long span keeps its accuracy.
-#[inline(always)]
-fn long_sum(n: usize, term: impl Fn(usize) -> f32) -> f64 {
-    const BLOCK: usize = 4096;
-    let mut total = 0.0;
-    let mut start = 0;
-    while start < n {
-        let len = BLOCK.min(n - start);
-        total += f64::from(sum_of(len, |i| term(start + i)));
-        start += len;
+impl Norm {
+    /// Weight and bias of the channels of the span at element `start`.
+    #[inline(always)]
+    fn affine(&self, start: usize) -> (&[f32], &[f32]) {
+        let first = start / self.pixels % self.weight.len();
+        let channels = first..first + self.span / self.pixels;
+        (&self.weight[channels.clone()], &self.bias[channels])
     }
-    total
+}
+
+/// Whole spans; `first` is their first element's index in the input.
+#[inline(always)]
+fn forward_spans<const FMA: bool>(norm: &Norm, x: &[f32], first: usize, y: &mut [f32]) {
+    for (i, (x, y)) in x.chunks_exact(norm.span).zip(y.chunks_exact_mut(norm.span)).enumerate() {
+        let (weight, bias) = norm.affine(first + i * norm.span);
+        forward_body::<FMA>(x, weight, bias, norm.pixels, norm.eps, norm.with_silu, y);
+    }
+}
+
+/// As [`forward_spans`].
+#[inline(always)]
+fn backward_spans<const FMA: bool>(norm: &Norm, x: &[f32], grad: &[f32], first: usize, dx: &mut [f32]) {
+    let spans = x.chunks_exact(norm.span).zip(grad.chunks_exact(norm.span)).zip(dx.chunks_exact_mut(norm.span));
+    for (i, ((x, grad), dx)) in spans.enumerate() {
+        let (weight, bias) = norm.affine(first + i * norm.span);
+        backward_body::<FMA>(x, grad, weight, bias, norm.pixels, norm.eps, norm.with_silu, dx);
+    }
+}
+
+/// The sum of term(a[i], b[i]): blocks in f32, their sums in f64, so that a long span keeps its accuracy.
+#[inline(always)]
+fn long_sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 {
+    a.chunks(4096).zip(b.chunks(4096)).map(|(a, b)| f64::from(sum_of_pairs(a, b, &term))).sum()
 }
 
 /// Mean and 1 / sqrt(variance + eps).
 #[inline(always)]
 fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f64;
-    let mean = (long_sum(x.len(), |i| x[i]) / n) as f32;
-    let variance = long_sum(x.len(), |i| {
-        let centred = x[i] - mean;
-        centred * centred
-    }) / n;
+    let mean = (long_sum(x, x, |x, _| x) / n) as f32;
+    let variance = long_sum(x, x, |x, _| (x - mean) * (x - mean)) / n;
     (mean, (1.0 / (variance + f64::from(eps)).sqrt()) as f32)
 }
 
@@ -202,6 +201,7 @@ fn forward_body<const FMA: bool>(
 
 /// With n = (x - mean) / sigma and g = dL/dn: dx = (g - mean(g) - n mean(g n)) / sigma.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn backward_body<const FMA: bool>(
     x: &[f32],
     grad: &[f32],
@@ -239,9 +239,8 @@ fn backward_body<const FMA: bool>(
         }
     }
     let n = x.len() as f64;
-    let (x, dx) = (&x[..], &mut dx[..x.len()]);
-    let mean_g = (long_sum(x.len(), |i| dx[i]) / n) as f32;
-    let mean_gn = (long_sum(x.len(), |i| dx[i] * ((x[i] - mean) * inverse)) / n) as f32;
+    let mean_g = (long_sum(dx, dx, |g, _| g) / n) as f32;
+    let mean_gn = (long_sum(dx, x, |g, x| g * ((x - mean) * inverse)) / n) as f32;
     for (dx, &x) in dx.iter_mut().zip(x) {
         *dx = inverse * (*dx - mean_g - (x - mean) * inverse * mean_gn);
     }

@@ -138,22 +138,26 @@ pub(super) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// The sum of term(i) for i in 0..n; `n` terms go to [`LANES`] partial sums in turn.
+/// The sum of term(a[i], b[i]); the terms go to [`LANES`] partial sums in turn.
 #[inline(always)]
-pub(super) fn sum_of(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum_of_pairs(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
-    let whole = n - n % LANES;
-    let mut start = 0;
-    while start < whole {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            lanes[lane] += term(a[lane], b[lane]);
         }
-        start += LANES;
     }
-    for (lane, sum) in lanes.iter_mut().enumerate().take(n - whole) {
-        *sum += term(whole + lane);
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+        *lane += term(a, b);
     }
     sum_lanes(lanes)
+}
+
+/// The sum of term(x[i]), in the same order.
+#[inline(always)]
+pub(super) fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    sum_of_pairs(x, x, |x, _| term(x))
 }
 
 #[cfg(test)]
