@@ -195,7 +195,9 @@ impl CustomOp1 for Conv2d {
             Ok(weight.with_all(|weight| {
                 filled(self.batch * self.outputs * g.positions(), |y| {
                     if y.is_empty() {
-                    } else if g.positions() <= SMALL && self.batch > 1 {
+                        return;
+                    }
+                    if g.positions() <= SMALL && self.batch > 1 {
                         self.by_images(x, weight, y);
                     } else {
                         self.by_positions(x, weight, y);

@@ -73,6 +73,7 @@ pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 /// e^x to about 1 ulp. Saturates at 2.4e38 above 88.3, is 0 below -87.3; NaN stays NaN.
 #[inline(always)]
+#[allow(clippy::manual_clamp)] // comparisons that are false for NaN let it through
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     // e^x = 2^n e^r with |r| <= ln 2 / 2; ln 2 in two parts keeps r exact.
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
@@ -83,7 +84,7 @@ pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     let r = fma::<FMA>(n, -0.693_359_4, clamped);
     let r = fma::<FMA>(n, 2.121_944_4e-4, r);
     // (e^r - 1 - r) / r^2, minimax to 3.4e-9
-    let p = fma::<FMA>(1.395_171_8e-3, r, 8.369_599e-3);
+    let p = fma::<FMA>(1.395_171_9e-3, r, 8.369_599e-3);
     let p = fma::<FMA>(p, r, 4.166_618_7e-2);
     let p = fma::<FMA>(p, r, 0.166_665_12);
     let p = fma::<FMA>(p, r, 0.5);
@@ -114,7 +115,7 @@ pub(super) fn normal_cdf<const FMA: bool>(x: f32) -> f32 {
     let p = fma::<FMA>(p, a, 3.640_819_7e-2);
     let p = fma::<FMA>(p, a, 0.318_286_6);
     let p = fma::<FMA>(p, a, 0.797_887_5);
-    let p = fma::<FMA>(p, a, 0.693_147_1);
+    let p = fma::<FMA>(p, a, std::f32::consts::LN_2);
     let tail = exp::<FMA>(-p);
     if x < 0.0 { tail } else { 1.0 - tail }
 }
@@ -130,9 +131,8 @@ pub(super) fn normal_pdf<const FMA: bool>(x: f32) -> f32 {
 pub(super) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
+        let (lower, upper) = lanes.split_at_mut(width);
+        lower.iter_mut().zip(upper).for_each(|(lower, upper)| *lower += *upper);
         width /= 2;
     }
     lanes[0]
@@ -144,8 +144,8 @@ pub(super) fn sum_of_pairs(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32)
     let mut lanes = [0.0; LANES];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            lanes[lane] += term(a[lane], b[lane]);
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += term(a, b);
         }
     }
     for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
