@@ -31,6 +31,9 @@ pub struct Args {
     /// Pictures of each concept that are scored; the first is on the sheet
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=100))]
     images: u16,
+    /// Folder with the adapters to show, of concepts in the bundled concepts.json [default: the bundled adapters]
+    #[arg(long, value_name = "DIR")]
+    adapters: Option<PathBuf>,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -70,8 +73,9 @@ const SIDE: usize = 96;
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let sheet_file = OutputFile::create(&args.output)?;
+    base::folder(args.model.base.as_deref())?;
     let starter = base::starter()?;
-    let files = args::adapters_in(&starter.join("adapters"))?;
+    let files = args::adapters_in(args.adapters.as_deref().unwrap_or(&starter.join("adapters")))?;
     let concepts = Concepts::open(&starter.join("concepts"))?;
     let mut session = Session::new(session::open_model(&args.model)?, &files)?;
     let judge = Judge::open(&starter.join("clip"), &concepts, PAPER_PREFIX)?;
@@ -88,15 +92,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut alone = Vec::new();
     for (i, jobs) in jobs.iter().enumerate() {
         session.merge(&[(i, 1.0)], strategy.as_ref())?;
-        alone.push(draw::draw(&session, jobs, &settings, &bar)?);
+        alone.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);
     }
     let removed = session.merge(&[], strategy.as_ref())?;
     let report = session.merge(&all, strategy.as_ref())?;
     let mut merged = Vec::new();
     for jobs in &jobs {
-        merged.push(draw::draw(&session, jobs, &settings, &bar)?);
+        merged.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);
     }
-    let pairs = draw::draw(&session, &pair_jobs, &settings, &bar)?;
+    let pairs = draw::draw(&session, &pair_jobs, &settings, settings.batch(), &bar)?;
     bar.finish_and_clear();
 
     let score = |(i, pictures): (usize, &Vec<Picture>)| {
@@ -147,8 +151,8 @@ fn pair_jobs(args: &Args, session: &Session) -> Vec<Job> {
         // A place or a style is what the other one is put into.
         let (a, b) = if matches!(a.kind, Kind::Scene | Kind::Style) { (b, a) } else { (a, b) };
         match b.kind {
-            Kind::Scene => format!("a <{}> in a <{}>", a.name, b.name),
-            Kind::Style => format!("a <{}> in the style of <{}>", a.name, b.name),
+            Kind::Scene => format!("a <{}> in the <{}>", a.name, b.name),
+            Kind::Style => format!("a <{}>, <{}>", a.name, b.name),
             Kind::Person | Kind::Subject => format!("a <{}> and a <{}>", a.name, b.name),
         }
     };

@@ -1,7 +1,7 @@
 //! Drawing many pictures with one merged model, several at a time.
 
 use blocklora_engine::Error;
-use blocklora_engine::generate::{GenerateRequest, generate};
+use blocklora_engine::generate::{GenerateRequest, Step, generate_batch};
 use blocklora_engine::image::Picture;
 use blocklora_engine::model::Model;
 use blocklora_engine::sample::{self, Sampler};
@@ -66,21 +66,36 @@ impl Settings {
     }
 }
 
-/// Draws `jobs` with what is merged now, in their order. `bar` counts steps, `settings.steps` for each picture.
-pub fn draw(session: &Session, jobs: &[Job], settings: &Settings, bar: &ProgressBar) -> anyhow::Result<Vec<Picture>> {
-    let one = |job: &Job| -> blocklora_engine::Result<Picture> {
-        let mut step_done = |_: blocklora_engine::generate::Step| {
-            bar.inc(1);
+/// Draws `jobs` with what is merged now, in their order, `batch` at a time on each thread; a picture of a larger batch
+/// may differ from the same one drawn alone by rounding. All jobs of a call have one negative prompt. `bar` counts
+/// steps, `settings.steps` for each picture.
+pub fn draw(
+    session: &Session,
+    jobs: &[Job],
+    settings: &Settings,
+    batch: usize,
+    bar: &ProgressBar,
+) -> anyhow::Result<Vec<Picture>> {
+    let draw_some = |jobs: &[Job]| -> blocklora_engine::Result<Vec<Picture>> {
+        let Some(first) = jobs.first() else { return Ok(Vec::new()) };
+        let prompts_and_seeds: Vec<(&str, u64)> = jobs.iter().map(|j| (j.prompt.as_str(), j.seed)).collect();
+        let mut step_done = |_: Step| {
+            bar.inc(jobs.len() as u64);
             interrupt::check()
         };
-        let mut pictures = generate(&session.model, &settings.request(job, &session.concepts), &mut step_done)?;
-        // Asked for one, and `generate` gives as many as it was asked for.
-        pictures.pop().ok_or(Error::Cancelled)
+        let request = settings.request(first, &session.concepts);
+        generate_batch(&session.model, &request, &prompts_and_seeds, &mut step_done)
     };
-    let pictures = jobs.par_iter().map(one).collect::<Result<Vec<_>, _>>();
-    bar.finish_and_clear();
-    pictures.map_err(|e| match e {
+    let pictures = jobs.par_chunks(batch.max(1)).map(draw_some).collect::<Result<Vec<_>, _>>();
+    pictures.map(|p| p.into_iter().flatten().collect()).map_err(|e| match e {
         Error::NotFinite { .. } => anyhow::Error::new(e).context("lower the concepts' weights or --guidance"),
         e => e.into(),
     })
+}
+
+impl Settings {
+    /// How many pictures to draw at a time where many are wanted: small ones leave the processor idle one by one.
+    pub fn batch(&self) -> usize {
+        (64 * 64 / (self.width * self.height).max(1)).clamp(1, 4) * 2
+    }
 }

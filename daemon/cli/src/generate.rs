@@ -52,7 +52,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let jobs: Vec<Job> = (0..args.count).map(job).collect();
     let bar = progress::bar("drawing", jobs.len() * settings.steps);
-    let pictures = draw::draw(&session, &jobs, &settings, &bar)?;
+    // One by one, so that picture 3 of 4 is the one that its own seed gives.
+    let pictures = draw::draw(&session, &jobs, &settings, 1, &bar)?;
+    bar.finish_and_clear();
     let used: Vec<AdapterUse> = session
         .adapters
         .iter()

@@ -187,7 +187,7 @@ fn score_one(
     for (i, (entry, jobs)) in entries.iter().zip(&jobs).enumerate() {
         let merged: Vec<(usize, f32)> = (0..size).map(|k| ((i + k) % entries.len(), 1.0)).collect();
         session.merge(&merged, merge.as_ref())?;
-        let pictures = draw::draw(session, jobs, &settings, &bar)?;
+        let pictures = draw::draw(session, jobs, &settings, settings.batch(), &bar)?;
         let prompts: Vec<&str> = jobs.iter().map(|j| j.prompt.as_str()).collect();
         scores.insert(entry.name.clone(), judge.score(entry, &prompts, &pictures)?);
     }

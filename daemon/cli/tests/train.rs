@@ -1,0 +1,171 @@
+//! `train` end to end: the same run gives the same file, also when it is interrupted or killed and resumed.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use blocklora_engine::image::Picture;
+use blocklora_spec::{Adapter, Scheme};
+use common::{BLOCKLORA, fails, succeeds, temporary};
+
+const STEPS: &str = "6";
+const SETTINGS: &str = "batch_size = 1\nrank = 2\ncheckpoint_every = 2\n[augmentation]\nfill = 1.0\n";
+
+/// A folder with pictures, a caption and settings.
+fn prepare(folder: &Path, settings: &str) {
+    let photos = folder.join("photos");
+    std::fs::create_dir(&photos).unwrap();
+    for (i, colour) in [[200, 30, 30], [30, 200, 30]].into_iter().enumerate() {
+        let picture = Picture::filled(40, 40, colour).unwrap();
+        std::fs::write(photos.join(format!("{i}.png")), picture.to_png(None).unwrap()).unwrap();
+    }
+    std::fs::write(photos.join("0.txt"), "a {c} on the beach").unwrap();
+    std::fs::write(folder.join("settings.toml"), settings).unwrap();
+}
+
+/// `train` into `output` with these further options.
+fn train<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut args = vec!["train", "--images", "photos", "--class", "dog", "--name", "milo", "--config", "settings.toml"];
+    args.extend(["--steps", STEPS, "--seed", "3", "-o", output]);
+    args.extend(more);
+    args
+}
+
+#[track_caller]
+fn run_in(folder: &Path, args: &[&str]) -> String {
+    let output = Command::new(BLOCKLORA).args(args).current_dir(folder).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Starts training and waits for its first checkpoint.
+fn start(folder: &Path, output: &str) -> Child {
+    let mut command = Command::new(BLOCKLORA);
+    command.args(train(output, &["--slot", "0"])).current_dir(folder).stderr(Stdio::piped()).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let started = Instant::now();
+    while !folder.join(format!("{output}.checkpoint")).exists() {
+        assert!(child.try_wait().unwrap().is_none(), "training ended before its first checkpoint");
+        assert!(started.elapsed() < Duration::from_secs(120), "no checkpoint after two minutes");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child
+}
+
+#[test]
+fn a_run_interrupted_or_killed_and_resumed_gives_the_same_bytes() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    let said = run_in(path, &train("whole.st", &["--slot", "0", "--json"]));
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["slot"], 0);
+    let whole = std::fs::read(path.join("whole.st")).unwrap();
+    run_in(path, &train("again.st", &["--slot", "0", "--threads", "1"]));
+    assert!(whole == std::fs::read(path.join("again.st")).unwrap(), "the same run gave another file");
+
+    for (signal, name) in [("-INT", "interrupted.st"), ("-KILL", "killed.st")] {
+        let child = start(path, name);
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let ended = child.wait_with_output().unwrap();
+        assert!(!path.join(name).exists(), "{name} is there although training did not finish");
+        assert!(path.join(format!("{name}.checkpoint")).exists());
+        if signal == "-INT" {
+            let stderr = String::from_utf8_lossy(&ended.stderr);
+            assert_eq!(ended.status.code(), Some(130), "{stderr}");
+            assert!(stderr.contains("--resume") && stderr.contains("interrupted.st.checkpoint"), "{stderr}");
+        }
+        fails(path, 1, &train(name, &["--slot", "0"]), &["checkpoint", "--resume"]);
+        fails(path, 1, &train(name, &["--slot", "1", "--resume"]), &["checkpoint"]);
+        run_in(path, &train(name, &["--slot", "0", "--resume"]));
+        assert!(whole == std::fs::read(path.join(name)).unwrap(), "{name} differs from the run in one go");
+        assert!(!path.join(format!("{name}.checkpoint")).exists());
+    }
+}
+
+#[test]
+fn slots_are_chosen_by_who_is_there() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    let slot = |name: &str| Adapter::open(path.join(name)).unwrap().manifest().partition.map(|p| p.slot);
+    run_in(path, &train("a.safetensors", &["--steps=1", "--name=a"]));
+    run_in(path, &train("b.safetensors", &["--steps=1", "--name=b"]));
+    run_in(path, &train("c.safetensors", &["--steps=1", "--name=c", "--slot", "none"]));
+    assert_eq!([slot("a.safetensors"), slot("b.safetensors"), slot("c.safetensors")], [Some(0), Some(1), None]);
+    // Training one of them again keeps its slot.
+    run_in(path, &train("a.safetensors", &["--steps=1", "--name=a"]));
+    assert_eq!(slot("a.safetensors"), Some(0));
+    let manifest = Adapter::open(path.join("a.safetensors")).unwrap().manifest().clone();
+    assert_eq!(manifest.partition.map(|p| (p.scheme, p.capacity)), Some((Scheme::Contiguous, 16)));
+    assert!(manifest.erasure_lambda > 0.0, "output erasure is on by default");
+    // All slots of a small partition taken.
+    std::fs::write(
+        path.join("small.toml"),
+        format!("{SETTINGS}[partition]\nscheme = \"strided\"\ncapacity = 1\nseed = 0\nslot = 0\n"),
+    )
+    .unwrap();
+    run_in(
+        path,
+        &[
+            "train",
+            "--images",
+            "photos",
+            "--class",
+            "dog",
+            "--name",
+            "d",
+            "--config",
+            "small.toml",
+            "--steps",
+            "1",
+            "-o",
+            "d.st",
+        ],
+    );
+}
+
+#[test]
+fn plain_words_are_exported_beside_the_adapter_and_ed_lora_owns_all_rows() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, &format!("tokens = \"plain\"\n{SETTINGS}"));
+    run_in(path, &train("plain.safetensors", &["--steps=1", "--method", "ed-lora", "--storage", "f16"]));
+    assert!(path.join("plain.embedding.safetensors").is_file());
+    let adapter = Adapter::open(path.join("plain.safetensors")).unwrap();
+    assert!(adapter.manifest().partition.is_none() && adapter.manifest().erasure_lambda == 0.0);
+    assert!(adapter.tokens().iter().all(|t| t.layers == 1));
+    fails(path, 2, &train("x.st", &["--method", "ed-lora", "--slot", "1"]), &["--slot", "blocklora"]);
+    // What was trained can be drawn.
+    let adapter = path.join("plain.safetensors");
+    let picture = path.join("x.png");
+    succeeds(["generate", "a <milo>", "--steps", "2", "--with", common::text(&adapter), "-o", common::text(&picture)]);
+    assert!(picture.is_file());
+}
+
+#[test]
+fn class_words_and_captions_are_checked_before_training() {
+    let folder = temporary();
+    prepare(folder.path(), SETTINGS);
+    let args = |class: &'static str, name: &'static str| {
+        ["train", "--images", "photos", "--class", class, "--name", name, "-o", "x.st", "--steps", "1"]
+    };
+    fails(folder.path(), 1, &args("xyzzyqwv", "x"), &["xyzzyqwv", "choose a more common word"]);
+    fails(folder.path(), 1, &args("dog", "my dog"), &["my dog", "letters"]);
+    std::fs::write(folder.path().join("photos/0.txt"), "on the beach").unwrap();
+    fails(folder.path(), 1, &args("dog", "x"), &["photos/0", "{c}"]);
+}
+
+#[test]
+fn the_bench_of_a_step_says_time_and_memory() {
+    let said = succeeds(["bench", "step", "--steps", "2", "--batch-size", "1", "--class", "dog", "--json"]);
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    for method in ["blocklora", "ed-lora"] {
+        assert!(said[method]["step_ms"].as_f64().unwrap() > 0.0);
+        assert!(said[method]["peak_resident_bytes"].as_u64().unwrap() > 1 << 20);
+    }
+    assert!(said["blocklora"]["parameters"].as_u64() < said["ed-lora"]["parameters"].as_u64());
+}
