@@ -17,6 +17,15 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 
 
+def write_captions(folder, concept):
+    """The concept's captions as `metadata.jsonl` beside its pictures, where `blocklora train` looks for them."""
+    lines = [
+        json.dumps({"file_name": pathlib.PurePath(image["file"]).name, "text": image["caption"]}) + "\n"
+        for image in concept["images"]
+    ]
+    (folder / concept["name"] / "metadata.jsonl").write_text("".join(lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="blocklora")
@@ -30,6 +39,8 @@ def main():
     config = options.config or HERE / f"{options.method}.toml"
     options.out.mkdir(parents=True, exist_ok=True)
     concepts = json.loads(options.concepts.read_text())
+    for concept in concepts:
+        write_captions(options.concepts.parent, concept)
 
     def train(slot, concept):
         name = concept["name"]
