@@ -115,14 +115,14 @@ impl FromStr for WeightedFile {
 
     fn from_str(text: &str) -> Result<Self, String> {
         // A file may have '=' in its name: an existing file wins, and only a number counts as a weight.
-        if !Path::new(text).exists() {
-            if let Some((path, weight)) = text.rsplit_once('=') {
-                let weight: f32 = weight.parse().map_err(|_| format!("{weight:?} is not a number"))?;
-                if !weight.is_finite() {
-                    return Err(format!("the weight {weight} is not finite"));
-                }
-                return Ok(Self { path: path.into(), weight });
+        if !Path::new(text).exists()
+            && let Some((path, weight)) = text.rsplit_once('=')
+        {
+            let weight: f32 = weight.parse().map_err(|_| format!("{weight:?} is not a number"))?;
+            if !weight.is_finite() {
+                return Err(format!("the weight {weight} is not finite"));
             }
+            return Ok(Self { path: path.into(), weight });
         }
         Ok(Self { path: text.into(), weight: 1.0 })
     }

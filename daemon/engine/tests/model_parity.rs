@@ -207,12 +207,12 @@ fn prompts_that_cannot_be_encoded_say_why() {
         assert!(error.contains(word), "{prompt:?}: {word:?} is not in: {error}");
     };
     let cat = concept("cat", 1, 24, 24);
-    check("a <dog>", &[cat.clone()], "no concept <dog> is loaded (loaded: <cat>)");
+    check("a <dog>", std::slice::from_ref(&cat), "no concept <dog> is loaded (loaded: <cat>)");
     check("a <dog>", &[], "loaded: none");
     // 24 positions hold 22 tokens beside begin and end.
     assert!(text::encode(&model, &[&"1".repeat(22)], &[], &Forward::default()).is_ok());
     check(&"1".repeat(23), &[], "23 tokens are too long: this model reads 22");
-    check(&"<cat>".repeat(23), &[cat.clone()], "too long");
+    check(&"<cat>".repeat(23), std::slice::from_ref(&cat), "too long");
     check("<cat>", &[cat.clone(), cat], "same name");
     check("<cat>", &[concept("cat", 1, 32, 32)], "width 32, the model's 24");
     check("<cat>", &[concept("cat", 16, 24, 16 * 24)], "16 vectors, the model 10 cross-attentions");

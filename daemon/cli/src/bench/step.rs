@@ -7,6 +7,8 @@ use crate::args::ModelArgs;
 use crate::output;
 use crate::session;
 
+type MakeTrainer = fn(Concept, TrainConfig) -> Box<dyn Trainer>;
+
 /// Measure the time and memory of a training step
 ///
 /// Runs training steps of BlockLoRA and of ED-LoRA on pictures of noise; nothing is written.
@@ -55,7 +57,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut results = serde_json::Map::new();
     let mut text = String::new();
     for method in methods {
-        let (name, trainer): (_, fn(Concept, TrainConfig) -> Box<dyn Trainer>) = match method {
+        let (name, trainer): (_, MakeTrainer) = match method {
             Method::Blocklora => {
                 config.partition = Some(Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 });
                 ("blocklora", |concept, config| Box::new(BlockLora { concept, config }))

@@ -81,10 +81,10 @@ impl ModelIndex {
         }
         let mut components = BTreeMap::new();
         for (name, value) in &fields {
-            if let Some([library, class]) = value.as_array().map(Vec::as_slice) {
-                if let (Some(_), Some(class)) = (library.as_str(), class.as_str()) {
-                    components.insert(name.clone(), class.to_owned());
-                }
+            if let Some([library, class]) = value.as_array().map(Vec::as_slice)
+                && let (Some(_), Some(class)) = (library.as_str(), class.as_str())
+            {
+                components.insert(name.clone(), class.to_owned());
             }
         }
         for component in Component::ALL {

@@ -179,12 +179,12 @@ impl UNet {
         let batch = latents.dims4()?.0;
         self.check_batch("timesteps", timesteps.len(), batch)?;
         self.check_batch("conditioning", context.batch()?, batch)?;
-        if let Conditioning::LayerWise(encodings) = context {
-            if encodings.len() != self.cross_attentions {
-                let reason =
-                    format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
-                return Err(Error::option("layer-wise conditioning", encodings.len(), reason));
-            }
+        if let Conditioning::LayerWise(encodings) = context
+            && encodings.len() != self.cross_attentions
+        {
+            let reason =
+                format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
+            return Err(Error::option("layer-wise conditioning", encodings.len(), reason));
         }
         let temb = self.time_embedding(timesteps, latents.device())?;
         let temb = Some(&temb);

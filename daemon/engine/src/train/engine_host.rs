@@ -243,7 +243,7 @@ impl TrainHost for EngineHost<'_> {
     fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()> {
         let answer = (self.progress)(Progress { step: state.step, steps, loss });
         if let Some((checkpoint, every)) = &self.checkpoint
-            && (answer.is_err() || state.step % every == 0)
+            && (answer.is_err() || state.step.is_multiple_of(*every))
         {
             checkpoint.save(state)?;
         }

@@ -59,7 +59,7 @@ impl TextEncoderConfig {
             },
             layer_norm_eps: fields.number_or("layer_norm_eps", 1e-5)?,
         };
-        if config.hidden_size % config.num_attention_heads != 0 {
+        if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let reason = format!("{} heads do not divide {}", config.num_attention_heads, config.hidden_size);
             return Err(fields.invalid("num_attention_heads", reason));
         }

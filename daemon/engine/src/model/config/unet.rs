@@ -152,7 +152,7 @@ impl UNetConfig {
             }
         }
         let first = self.block_out_channels[0];
-        if first % 2 != 0 {
+        if !first.is_multiple_of(2) {
             return Err(fields.invalid("block_out_channels", format!("the first, {first}, must be even")));
         }
         if self.freq_shift >= (first / 2) as f64 {
