@@ -9,7 +9,7 @@ use crate::ops;
 pub struct Conv2d {
     /// [O, C, k, k].
     pub weight: Tensor,
-    /// [O].
+    /// `[O]`.
     pub bias: Option<Tensor>,
     /// In both directions.
     pub stride: usize,
@@ -27,9 +27,9 @@ impl Conv2d {
 /// Group normalisation with scale and shift by channel.
 #[derive(Clone, Debug)]
 pub struct GroupNorm {
-    /// [C].
+    /// `[C]`.
     pub weight: Tensor,
-    /// [C].
+    /// `[C]`.
     pub bias: Tensor,
     /// Number of groups; divides C.
     pub groups: usize,
@@ -52,9 +52,9 @@ impl GroupNorm {
 /// Layer normalisation over the last dimension.
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
-    /// [n].
+    /// `[n]`.
     pub weight: Tensor,
-    /// [n].
+    /// `[n]`.
     pub bias: Tensor,
     /// Added to the variance.
     pub eps: f64,

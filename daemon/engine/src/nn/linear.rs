@@ -43,7 +43,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `weight` [m, n], `bias` [m]; `layer` names the Linear if adapters may change it.
+    /// `weight` [m, n], `bias` `[m]`; `layer` names the Linear if adapters may change it.
     pub fn new(weight: Tensor, bias: Option<Tensor>, layer: Option<LayerId>) -> Self {
         Self { weight, bias, layer }
     }

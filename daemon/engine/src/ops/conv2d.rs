@@ -9,7 +9,7 @@ use super::cpu::{
 use super::reference;
 use super::unfold::{Geometry, fold, unfold};
 
-/// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` [O] -> [B, O, H', W'].
+/// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` `[O]` -> [B, O, H', W'].
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
     if !applies(x) {
         return reference::conv2d(x, weight, bias, stride, padding);

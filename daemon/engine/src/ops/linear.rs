@@ -8,7 +8,7 @@ use super::cpu::{
 };
 use super::reference;
 
-/// x W^T + bias. `x` [..., n], `weight` [m, n], `bias` [m] -> [..., m].
+/// x W^T + bias. `x` [..., n], `weight` [m, n], `bias` `[m]` -> [..., m].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if !applies(x) {
         return reference::linear(x, weight, bias);

@@ -12,7 +12,7 @@ use candle_core::{D, DType, Result, Tensor};
 pub struct LoraBranch {
     /// The output rows R_i that the adapter owns; B has one row for each.
     pub rows: Arc<[u32]>,
-    /// Erasure mask r(lambda) on the owned rows, [b] (shared by the whole batch) or [batch, b]; none: all ones.
+    /// Erasure mask r(lambda) on the owned rows, `[b]` (shared by the whole batch) or [batch, b]; none: all ones.
     pub mask: Option<Tensor>,
     /// Multiplies the branch.
     pub scale: f64,
@@ -22,7 +22,7 @@ fn to_f32(weight: &Tensor) -> Result<Tensor> {
     weight.to_dtype(DType::F32)
 }
 
-/// x W^T + bias. `x` [..., n], `weight` [m, n], `bias` [m] -> [..., m].
+/// x W^T + bias. `x` [..., n], `weight` [m, n], `bias` `[m]` -> [..., m].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let y = x.broadcast_matmul(&to_f32(weight)?.t()?)?;
     match bias {
@@ -51,7 +51,7 @@ pub fn linear_lora(
     y.index_add(&rows, &(z * branch.scale)?.contiguous()?, last)
 }
 
-/// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` [O] -> [B, O, H', W'].
+/// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` `[O]` -> [B, O, H', W'].
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
     let y = x.conv2d(&to_f32(weight)?, padding, stride, 1, 1)?;
     match bias {

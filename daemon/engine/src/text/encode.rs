@@ -79,7 +79,7 @@ fn check_token(model: &Model, concept: &str, layers: usize, width: usize) -> Res
 /// If no prompt has a slot with L > 1 vectors the result is [`Conditioning::Shared`] [N, T, d]. Else it is layer-wise,
 /// L tensors [N, T, d]: the prompts that have such a slot run through the text encoder as one batch [L * K, T, d],
 /// cross-attention-major, and the K' others as another [K', T, d]; the recorder and per-sample erasure masks in `with`
-/// see these batches, so masks of text-encoder layers are best shared, [rows].
+/// see these batches, so masks of text-encoder layers are best shared, `[rows]`.
 pub fn encode_with(
     model: &Model,
     prompts: &[TokenisedPrompt],

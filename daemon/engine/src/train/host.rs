@@ -83,7 +83,7 @@ pub struct Sample {
     pub posterior: Vec<f32>,
 }
 
-/// Erasure masks r(lambda) of a step, by position in [`Parameters::factors`]: [rows] shared by the whole batch, or
+/// Erasure masks r(lambda) of a step, by position in [`Parameters::factors`]: `[rows]` shared by the whole batch, or
 /// [batch, rows]; an empty list erases nothing.
 pub type ErasureMasks = Vec<Vec<f32>>;
 
