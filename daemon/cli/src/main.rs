@@ -1,5 +1,8 @@
 //! The command `blocklora`: teach an image model concepts, merge them, draw them.
 
+// The docs of the argument structs are help texts, in which <name> is what a user types.
+#![allow(rustdoc::invalid_html_tags)]
+
 mod args;
 mod base;
 mod failure;

@@ -1,7 +1,7 @@
 //! The engine's own tensor operations: activations are f32, frozen weights f32, f16 or bf16.
 //!
 //! Weights are frozen: a backward pass gives the gradient of the input (and of an adapter's factors), never of a
-//! weight. Every operation has a plain counterpart in [`reference`], which its tests compare it with and which
+//! weight. Every operation has a plain counterpart in [mod@reference], which its tests compare it with and which
 //! devices without an own kernel run.
 
 mod attention;

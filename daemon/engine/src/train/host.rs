@@ -77,9 +77,9 @@ pub struct Sample {
     pub prompt: String,
     /// t, 0..num_train_timesteps.
     pub timestep: usize,
-    /// eps, of [`TrainHost::latent_len`] numbers.
+    /// eps, of C * H * W numbers ([`TrainHost::latent_shape`]).
     pub noise: Vec<f32>,
-    /// Standard normals for the VAE's posterior, of [`TrainHost::latent_len`] numbers.
+    /// Standard normals for the VAE's posterior, of C * H * W numbers ([`TrainHost::latent_shape`]).
     pub posterior: Vec<f32>,
 }
 
