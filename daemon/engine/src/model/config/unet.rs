@@ -135,11 +135,11 @@ impl UNetConfig {
 
     fn check(&self, fields: &Fields) -> Result<()> {
         for (&channels, &heads) in self.block_out_channels.iter().zip(&self.attention_heads) {
-            if channels % self.norm_num_groups != 0 {
+            if !channels.is_multiple_of(self.norm_num_groups) {
                 let reason = format!("{} groups do not divide {channels} channels", self.norm_num_groups);
                 return Err(fields.invalid("norm_num_groups", reason));
             }
-            if channels % heads != 0 {
+            if !channels.is_multiple_of(heads) {
                 return Err(fields.invalid("attention_head_dim", format!("{heads} heads do not divide {channels}")));
             }
         }
@@ -159,7 +159,7 @@ impl UNetConfig {
             return Err(fields.invalid("freq_shift", format!("must be below {}", first / 2)));
         }
         for (field, kernel) in [("conv_in_kernel", self.conv_in_kernel), ("conv_out_kernel", self.conv_out_kernel)] {
-            if kernel % 2 == 0 {
+            if kernel.is_multiple_of(2) {
                 return Err(fields.unsupported(field, kernel, "odd kernels are"));
             }
         }

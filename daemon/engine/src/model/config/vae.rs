@@ -71,7 +71,7 @@ impl VaeConfig {
         // force_upcast only guards half precision; activations are f32 here.
         fields.ignore(&["force_upcast"]);
         for &channels in &config.block_out_channels {
-            if channels % config.norm_num_groups != 0 {
+            if !channels.is_multiple_of(config.norm_num_groups) {
                 let reason = format!("{} groups do not divide {channels} channels", config.norm_num_groups);
                 return Err(fields.invalid("norm_num_groups", reason));
             }
