@@ -1,15 +1,13 @@
 //! `blocklora merge`: a model folder with concepts built in.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use blocklora_engine::DType;
 use blocklora_engine::bake::bake;
-use blocklora_engine::model::{Component, open_weights};
 use blocklora_spec::Adapter;
 
-use crate::args::{MergeArgs, Precision, WeightedFile};
+use crate::args::{MergeArgs, WeightedFile};
 use crate::output::{self, OutputFolder, cannot_write};
 use crate::session::{self, Session};
 use crate::{base, interrupt, progress};
@@ -30,9 +28,6 @@ pub struct Args {
     /// Folder of the base model in the diffusers layout [default: the bundled starter model]
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     base: Option<PathBuf>,
-    /// Type of the weights to write [default: that of the base model]
-    #[arg(long, value_enum, help_heading = "Model")]
-    precision: Option<Precision>,
     #[command(flatten)]
     merge: MergeArgs,
     /// Print the result as JSON
@@ -48,11 +43,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Adapter::open(file)?;
     }
     let base = base::folder(args.base.as_deref())?;
-    let precision = match args.precision {
-        Some(precision) => precision.into(),
-        None => stored_precision(&base)?,
-    };
-    let mut session = Session::new(session::load_model(&base, precision)?, &files)?;
+    // Merged in f32 and rounded once, to the type in which the base model stores each weight.
+    let mut session = Session::new(session::load_model(&base, DType::F32)?, &files)?;
     let set: Vec<(usize, f32)> = args.files.iter().enumerate().map(|(i, w)| (i, w.weight)).collect();
     let report = session.merge(&set, session::strategy(&args.merge).as_ref())?;
     interrupt::check()?;
@@ -62,10 +54,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let written = bake(&session.model, &session.concepts, folder.path());
     spinner.finish_and_clear();
     written.map_err(|e| match e {
-        // The folder that the error names is the temporary one, which the user has never seen.
-        blocklora_engine::Error::Io { path, source } if path.starts_with(folder.path()) => {
-            cannot_write(&args.output, source)
-        }
+        // The folder that the error names is a temporary one, which the user has never seen.
+        blocklora_engine::Error::Io { path, source } if !path.starts_with(&base) => cannot_write(&args.output, source),
         e => e.into(),
     })?;
     interrupt::check()?;
@@ -87,11 +77,4 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         started.elapsed().as_secs_f64()
     ))?;
     Ok(())
-}
-
-/// The type that the UNet's weights are stored in.
-fn stored_precision(base: &Path) -> anyhow::Result<DType> {
-    let file = open_weights(base, Component::UNet)?;
-    let name = file.names().next().map(str::to_owned).with_context(|| format!("{}: has no tensors", base.display()))?;
-    Ok(file.view(&name)?.dtype())
 }

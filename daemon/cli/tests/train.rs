@@ -26,10 +26,15 @@ fn prepare(folder: &Path, settings: &str) {
     std::fs::write(folder.join("settings.toml"), settings).unwrap();
 }
 
-/// `train` into `output` with these further options.
+/// `train` into `output`; `more` may set other options than the usual ones, and further ones.
 fn train<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    let mut args = vec!["train", "--images", "photos", "--class", "dog", "--name", "milo", "--config", "settings.toml"];
-    args.extend(["--steps", STEPS, "--seed", "3", "-o", output]);
+    let mut args = vec!["train", "--images", "photos", "--class", "dog", "--config", "settings.toml", "--seed", "3"];
+    for usual in [["--name", "milo"], ["--steps", STEPS]] {
+        if !more.contains(&usual[0]) {
+            args.extend(usual);
+        }
+    }
+    args.extend(["-o", output]);
     args.extend(more);
     args
 }
@@ -92,40 +97,23 @@ fn slots_are_chosen_by_who_is_there() {
     let path = folder.path();
     prepare(path, SETTINGS);
     let slot = |name: &str| Adapter::open(path.join(name)).unwrap().manifest().partition.map(|p| p.slot);
-    run_in(path, &train("a.safetensors", &["--steps=1", "--name=a"]));
-    run_in(path, &train("b.safetensors", &["--steps=1", "--name=b"]));
-    run_in(path, &train("c.safetensors", &["--steps=1", "--name=c", "--slot", "none"]));
+    run_in(path, &train("a.safetensors", &["--steps", "1", "--name", "a"]));
+    run_in(path, &train("b.safetensors", &["--steps", "1", "--name", "b"]));
+    run_in(path, &train("c.safetensors", &["--steps", "1", "--name", "c", "--slot", "none"]));
     assert_eq!([slot("a.safetensors"), slot("b.safetensors"), slot("c.safetensors")], [Some(0), Some(1), None]);
     // Training one of them again keeps its slot.
-    run_in(path, &train("a.safetensors", &["--steps=1", "--name=a"]));
+    run_in(path, &train("a.safetensors", &["--steps", "1", "--name", "a"]));
     assert_eq!(slot("a.safetensors"), Some(0));
     let manifest = Adapter::open(path.join("a.safetensors")).unwrap().manifest().clone();
     assert_eq!(manifest.partition.map(|p| (p.scheme, p.capacity)), Some((Scheme::Contiguous, 16)));
     assert!(manifest.erasure_lambda > 0.0, "output erasure is on by default");
-    // All slots of a small partition taken.
-    std::fs::write(
-        path.join("small.toml"),
-        format!("{SETTINGS}[partition]\nscheme = \"strided\"\ncapacity = 1\nseed = 0\nslot = 0\n"),
-    )
-    .unwrap();
-    run_in(
-        path,
-        &[
-            "train",
-            "--images",
-            "photos",
-            "--class",
-            "dog",
-            "--name",
-            "d",
-            "--config",
-            "small.toml",
-            "--steps",
-            "1",
-            "-o",
-            "d.st",
-        ],
-    );
+    // A slot in the settings counts unless an option says otherwise; a partition of its own has slots of its own.
+    let partition = "[partition]\nscheme = \"strided\"\ncapacity = 2\nseed = 0\nslot = 1\n";
+    std::fs::write(path.join("settings.toml"), format!("{SETTINGS}{partition}")).unwrap();
+    run_in(path, &train("d.safetensors", &["--steps", "1", "--name", "d"]));
+    run_in(path, &train("e.safetensors", &["--steps", "1", "--name", "e", "--slot", "0"]));
+    assert_eq!([slot("d.safetensors"), slot("e.safetensors")], [Some(1), Some(0)]);
+    fails(path, 2, &train("f.safetensors", &["--slot", "2"]), &["--slot 2", "0 to 1"]);
 }
 
 #[test]
@@ -133,7 +121,7 @@ fn plain_words_are_exported_beside_the_adapter_and_ed_lora_owns_all_rows() {
     let folder = temporary();
     let path = folder.path();
     prepare(path, &format!("tokens = \"plain\"\n{SETTINGS}"));
-    run_in(path, &train("plain.safetensors", &["--steps=1", "--method", "ed-lora", "--storage", "f16"]));
+    run_in(path, &train("plain.safetensors", &["--steps", "1", "--method", "ed-lora", "--storage", "f16"]));
     assert!(path.join("plain.embedding.safetensors").is_file());
     let adapter = Adapter::open(path.join("plain.safetensors")).unwrap();
     assert!(adapter.manifest().partition.is_none() && adapter.manifest().erasure_lambda == 0.0);

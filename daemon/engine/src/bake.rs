@@ -1,14 +1,14 @@
-//! Bakes merged adapters into a model folder in the diffusers layout, which other tools load as any model.
+//! Bakes merged adapters and their words into a model folder in the diffusers layout, which other tools load as any
+//! model.
 //!
-//! Words: concept `milo` with two tokens becomes the added tokens `<milo>` and `<milo>_1`, the notation of textual
-//! inversion with several vectors, which diffusers expands by itself. Tokens with one vector are exact there. Of
-//! layer-wise tokens the embedding table can only hold the mean; their vectors lie in [`TOKENS_FILE`].
+//! Concept `milo` with two tokens becomes the added tokens `<milo>` and `<milo>_1`, the notation of textual inversion
+//! with several vectors, which diffusers expands by itself. Tokens with one vector are exact there. Of layer-wise
+//! tokens the embedding table can only hold the mean; their vectors lie in [`TOKENS_FILE`].
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, View};
@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::model::{Component, Model};
-use crate::nn::LayerId;
 use crate::text::{Concept, TokenVectors};
 use crate::weights::{WeightFile, WeightView};
 
@@ -25,7 +24,8 @@ use crate::weights::{WeightFile, WeightView};
 pub const TOKENS_FILE: &str = "blocklora_tokens.safetensors";
 /// The metadata entry of that file that lists the concepts and the order of their tokens.
 const CONCEPTS_KEY: &str = "blocklora.concepts";
-const EMBEDDING: &str = "text_model.embeddings.token_embedding.weight";
+/// How the embedding table's name ends, with or without the `text_model.` of older transformers.
+const EMBEDDING: &str = "embeddings.token_embedding.weight";
 
 /// A tensor to be written.
 struct Piece<'a> {
@@ -50,74 +50,33 @@ impl View for &Piece<'_> {
 }
 
 impl<'a> Piece<'a> {
-    /// The file's own bytes where `dtype` is what they are stored in, else converted.
-    fn pristine(view: &'a WeightView, dtype: DType) -> Result<Self> {
-        let converts = matches!(view.dtype(), DType::F32 | DType::F16 | DType::BF16) && view.dtype() != dtype;
-        if converts {
-            return Self::live(&view.load(dtype, &Device::Cpu)?);
-        }
-        Ok(Self { dtype: stored(view.dtype())?, shape: view.shape().to_vec(), bytes: Cow::Borrowed(view.bytes()) })
-    }
-
-    fn live(tensor: &Tensor) -> Result<Self> {
-        Ok(Self {
-            dtype: stored(tensor.dtype())?,
-            shape: tensor.dims().to_vec(),
-            bytes: Cow::Owned(little_endian(tensor)?),
-        })
+    fn of(view: &'a WeightView) -> Result<Self> {
+        let dtype = match view.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            DType::I64 => Dtype::I64,
+            other => return Err(view.error(format!("type {other:?} cannot be written"))),
+        };
+        Ok(Self { dtype, shape: view.shape().to_vec(), bytes: Cow::Borrowed(view.bytes()) })
     }
 }
 
-fn stored(dtype: DType) -> Result<Dtype> {
-    match dtype {
-        DType::F32 => Ok(Dtype::F32),
-        DType::F16 => Ok(Dtype::F16),
-        DType::BF16 => Ok(Dtype::BF16),
-        DType::I64 => Ok(Dtype::I64),
-        other => Err(Error::option("dtype", format!("{other:?}"), "weights are f32, f16 or bf16")),
-    }
-}
-
-fn little_endian(tensor: &Tensor) -> Result<Vec<u8>> {
-    let flat = tensor.flatten_all()?;
-    Ok(match flat.dtype() {
-        DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        DType::BF16 => flat.to_vec1::<half::bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-    })
-}
-
-/// Writes `model` with its live weights and the words of `concepts` into the empty folder `to`: everything that the
-/// model's own folder has, with the weights of UNet and text encoder in the model's precision.
+/// Writes `model` with what is merged into it to the new folder `to`, as [`Model::save`], and adds the words of
+/// `concepts` to its tokenizer and text encoder.
 pub fn bake(model: &Model, concepts: &[Concept], to: &Path) -> Result<()> {
-    let from = model.dir();
-    copy(&from.join("model_index.json"), &to.join("model_index.json"))?;
-    for entry in list(from)? {
-        let (source, target) = (from.join(&entry), to.join(&entry));
-        if source.is_dir() {
-            make(&target)?;
-            for name in list(&source)? {
-                let rewritten = [Component::UNet, Component::TextEncoder].iter().any(|c| c.folder() == entry)
-                    && name.contains("safetensors");
-                if source.join(&name).is_file() && !rewritten {
-                    copy(&source.join(&name), &target.join(&name))?;
-                }
-            }
-        }
+    model.save(to)?;
+    if concepts.iter().all(|c| c.tokens.is_empty()) {
+        return Ok(());
     }
-    write_weights(model, Component::UNet, None, to)?;
-    let embeddings = extended_embeddings(model, concepts)?;
-    write_weights(model, Component::TextEncoder, embeddings.as_ref(), to)?;
-    if let Some(table) = embeddings {
-        let vocabulary = table.dim(0)?;
-        let first = vocabulary - concepts.iter().map(|c| c.tokens.len()).sum::<usize>();
-        edit_json(&to.join("text_encoder").join("config.json"), |config| {
-            config.insert("vocab_size".into(), json!(vocabulary));
-        })?;
-        add_words(&to.join("tokenizer"), concepts, first)?;
-        write_tokens(concepts, &to.join(TOKENS_FILE))?;
-    }
-    Ok(())
+    let weights = to.join(Component::TextEncoder.folder()).join(Component::TextEncoder.weight_file());
+    let first = add_embeddings(&weights, concepts)?;
+    let count: usize = concepts.iter().map(|c| c.tokens.len()).sum();
+    edit_json(&to.join(Component::TextEncoder.folder()).join("config.json"), |config| {
+        config.insert("vocab_size".into(), json!(first + count));
+    })?;
+    add_words(&to.join("tokenizer"), concepts, first)?;
+    write_tokens(concepts, &to.join(TOKENS_FILE))
 }
 
 /// The concepts that were baked into the folder `dir`; none if it is an ordinary model.
@@ -175,56 +134,41 @@ fn write_tokens(concepts: &[Concept], path: &Path) -> Result<()> {
     write_pieces(path, &pieces, HashMap::from([(CONCEPTS_KEY.to_owned(), json!(listed).to_string())]))
 }
 
-/// The embedding table with a row for every token, or none if there are no tokens.
-fn extended_embeddings(model: &Model, concepts: &[Concept]) -> Result<Option<Tensor>> {
-    let tokens: Vec<&TokenVectors> = concepts.iter().flat_map(|c| &c.tokens).collect();
-    if tokens.is_empty() {
-        return Ok(None);
-    }
-    let file = open(model, Component::TextEncoder)?;
-    let table = file.view(EMBEDDING)?.load(model.precision(), &Device::Cpu)?;
-    let width = table.dim(1)?;
-    let mut rows = Vec::with_capacity(tokens.len() * width);
-    for token in &tokens {
+/// Adds a row for every token to the embedding table in the weight file `path`; returns the first new row's index.
+fn add_embeddings(path: &Path, concepts: &[Concept]) -> Result<usize> {
+    let file = WeightFile::open(path)?;
+    let views = file.names().map(|name| file.view(name)).collect::<Result<Vec<_>>>()?;
+    let table = views.iter().find(|view| view.name().ends_with(EMBEDDING));
+    let table = table.ok_or_else(|| Error::invalid_file(path, format!("no tensor ends in {EMBEDDING:?}")))?;
+    let &[first, width] = table.shape() else {
+        return Err(table.error(format!("shape {:?}, not [vocabulary, d]", table.shape())));
+    };
+    let tokens = concepts.iter().flat_map(|c| c.tokens.iter().map(move |t| (c, t)));
+    let mut rows = Vec::new();
+    for (concept, token) in tokens {
         if token.width != width || token.layers * width != token.values.len() {
             let reason = format!("token {:?} is {} wide, the text encoder {width}", token.name, token.width);
-            return Err(Error::Incompatible { adapter: token.name.clone(), reason });
+            return Err(Error::Incompatible { adapter: concept.name.clone(), reason });
         }
         let mean = |i: usize| token.values.iter().skip(i).step_by(width).sum::<f32>() / token.layers as f32;
         rows.extend((0..width).map(mean));
     }
-    let rows = Tensor::from_vec(rows, (tokens.len(), width), &Device::Cpu)?.to_dtype(table.dtype())?;
-    Ok(Some(Tensor::cat(&[&table, &rows], 0)?))
-}
+    let count = rows.len() / width;
+    let rows = Tensor::from_vec(rows, (count, width), &Device::Cpu)?.to_dtype(table.dtype())?;
+    let mut bytes = table.bytes().to_vec();
+    rows.write_bytes(&mut bytes)?;
 
-fn open(model: &Model, component: Component) -> Result<Arc<WeightFile>> {
-    crate::model::open_weights(model.dir(), component)
-}
-
-fn write_weights(model: &Model, component: Component, embeddings: Option<&Tensor>, to: &Path) -> Result<()> {
-    let file = open(model, component)?;
-    let prefix = format!("{}.", component.folder());
-    let of_component = |(_, info): &(usize, &crate::merge::strategy::LayerInfo)| info.name.starts_with(&prefix);
-    let live: HashMap<&str, &Tensor> = model
-        .layers()
-        .iter()
-        .enumerate()
-        .filter(of_component)
-        .map(|(i, _)| (model.pristine(LayerId(i)).name(), model.live(LayerId(i))))
-        .collect();
-    let views = file.names().map(|name| file.view(name)).collect::<Result<Vec<_>>>()?;
     let mut pieces = BTreeMap::new();
     for view in &views {
-        let piece = match (live.get(view.name()), embeddings) {
-            // A Linear may be stored as a 1x1 convolution; the file's shape stays.
-            (Some(tensor), _) => Piece { shape: view.shape().to_vec(), ..Piece::live(tensor)? },
-            (None, Some(table)) if view.name() == EMBEDDING => Piece::live(table)?,
-            _ => Piece::pristine(view, model.precision())?,
-        };
-        pieces.insert(view.name().to_owned(), piece);
+        pieces.insert(view.name().to_owned(), Piece::of(view)?);
     }
-    let path = to.join(component.folder()).join(component.weight_file());
-    write_pieces(&path, &pieces, HashMap::from([("format".to_owned(), "pt".to_owned())]))
+    let extended = Piece { shape: vec![first + count, width], bytes: Cow::Owned(bytes), ..Piece::of(table)? };
+    pieces.insert(table.name().to_owned(), extended);
+    // Beside it and then renamed: the pieces are read from the mapped file that is replaced.
+    let beside = path.with_extension("new");
+    write_pieces(&beside, &pieces, HashMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    std::fs::rename(&beside, path).map_err(|e| Error::io(path, e))?;
+    Ok(first)
 }
 
 fn write_pieces(path: &Path, pieces: &BTreeMap<String, Piece>, metadata: HashMap<String, String>) -> Result<()> {
@@ -279,32 +223,6 @@ fn add_words(tokenizer: &Path, concepts: &[Concept], first: usize) -> Result<()>
 fn words_of(concept: &Concept) -> Vec<String> {
     let word = |i: usize| if i == 0 { format!("<{}>", concept.name) } else { format!("<{}>_{i}", concept.name) };
     (0..concept.tokens.len()).map(word).collect()
-}
-
-/// Names in `folder`, sorted; the ones that are not text are left out.
-fn list(folder: &Path) -> Result<Vec<String>> {
-    let io = |e| Error::io(folder, e);
-    let mut names = Vec::new();
-    for entry in folder.read_dir().map_err(io)? {
-        names.extend(entry.map_err(io)?.file_name().into_string());
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn make(folder: &Path) -> Result<()> {
-    std::fs::create_dir(folder).map_err(|e| Error::io(folder, e))
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    // Not fs::copy: a read-only model must not become a folder whose files cannot be changed.
-    let mut source = File::open(from).map_err(|e| Error::io(from, e))?;
-    let mut copied = || -> std::io::Result<()> {
-        let mut file = File::create(to)?;
-        std::io::copy(&mut source, &mut file)?;
-        file.sync_all()
-    };
-    copied().map_err(|e| Error::io(to, e))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 pub use config::Prediction;
 use config::{SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
-pub use folder::{Component, ModelIndex, open_weights};
+pub use folder::{Component, ModelIndex};
 
 use crate::error::{Error, Result};
 use crate::merge::strategy::LayerInfo;
