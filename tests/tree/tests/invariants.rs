@@ -21,7 +21,7 @@ const UNSAFE: &[&str] =
 const TABLES: &[&str] = &[];
 
 const LINES_MAX: usize = 520;
-const FILE_BYTES_MAX: u64 = 16 << 20;
+const FILE_BYTES_MAX: u64 = 24 << 20;
 const GOLDEN_BYTES_MAX: u64 = 1 << 20;
 
 fn manifest(folder: &str) -> toml::Table {
