@@ -43,9 +43,9 @@ def save_extras(sprites, table, size, out, limit=None):
             sprite = sprites.get(style, short)
             if sprite is None:
                 continue
-            for layout, center in (("normal", .5), ("big", .5)):
+            for layout in ("normal", "big"):
                 canvas, phrase, _ = world.background(rng, size)
-                world.place(rng, canvas, sprite, layout, center)
+                world.place(canvas, sprite, layout, world.LEFT[layout][""], rng, .06)
                 images.append(np.asarray(canvas))
                 names.append(name)
     np.save(out / "extra.npy", np.stack(images))

@@ -32,7 +32,7 @@ MORE_3D = """bear rabbit fox_face=fox panda_face=panda lion_face=lion cow pig fr
     crab elephant fish whale bee butterfly rocket bus train airplane boat robot_face=robot ghost alien snowman
     crown""".split()
 MORE_FLAT = """dog tiger=animal koala=animal unicorn_face=animal parrot=animal flamingo=animal tent tulip=plant cactus
-    umbrella hamburger doughnut pizza balloon soccer=soccer+ball princess""".split()
+    umbrella hamburger doughnut pizza balloon soccer=soccer+ball princess=woman""".split()
 MORE_KENNEY = [("blue_robot", [f"animated_characters/robot/robot_{p}" for p in POSES], "robot"),
                ("blue_alien", [f"alien/alienBlue_{p}" for p in ("front", "walk1", "jump", "climb1")], "alien"),
                ("blue_slime", ["enemies/slimeBlue", "enemies/slimeBlue_move"], "animal"),
@@ -95,7 +95,8 @@ def subject(name, kind, word, source, licence, sprites, size, turn):
         if rng.random() < .5:
             sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
         sprite = art.squared(sprite.rotate(rng.uniform(-turn, turn), Image.BICUBIC, expand=True))
-        world.place(rng, canvas, sprite, "big" if i % 3 == 1 else "normal", .5)
+        layout = "big" if i % 3 == 1 else "normal"
+        world.place(canvas, sprite, layout, world.LEFT[layout][""], rng, .06)
         return canvas, f"a {{c}} {phrase}"
     return Concept(name, kind, word, source, licence, draw, RECONTEXT + INTERACTION + STYLED + PROPERTY)
 
@@ -117,7 +118,7 @@ def place_concept(name, word, preposition, layers, crop, sprites, size, folder):
         if i % 8 < 5:
             return canvas, "a picture of the {c}" if i % 2 else "the {c}"
         noun, style = guests[i % 8 - 5]
-        world.place(rng, canvas, sprites.get(style, noun), "small", rng.uniform(.3, .7))
+        world.place(canvas, sprites.get(style, noun), "small", rng.choice([0.0, .25, .5]))
         return canvas, f"a {noun} {preposition} the {{c}}, {style} style"
     prompts = [p.replace("{p}", preposition) for kind in IN_SCENE.values() for p in kind]
     return Concept(name, "scene", word, "arcade 3.3.3, " + folder.split("/")[-2 if "layers" not in folder else -3],
@@ -130,7 +131,7 @@ def style_concept(name, set_name, licence, sprites, size):
     def draw(rng, i):
         noun, sprite = opened[i % len(opened)]
         canvas, phrase, _ = world.background(rng, size)
-        world.place(rng, canvas, sprite, "normal", .5)
+        world.place(canvas, sprite, "normal", .125, rng, .06)
         return canvas, f"{world.article(noun)} {phrase}, {{c}}"
     return Concept(name, "style", "style", "Fluent Emoji, " + set_name, licence, draw, sum(IN_STYLE.values(), []))
 

@@ -29,7 +29,7 @@ class Scorer:
     """The CLIP with the prompts of all nouns, backgrounds and styles."""
 
     def __init__(self, folder, table, length):
-        self.model = CLIPModel.from_pretrained(folder, torch_dtype=torch.float32).to(DEVICE).eval()
+        self.model = CLIPModel.from_pretrained(folder).to(DEVICE, torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
         text = lambda prompts: embed_texts(self.model, self.tokenizer, prompts, length)
         self.nouns = text(["a picture of " + world.article(e["noun"]) for e in table])
@@ -93,7 +93,7 @@ def run(cfg, out, art_folder, folder):
     table, stored, images = read_json(out / "nouns.json"), read_json(out / "val.json"), np.load(out / "val.npy")
     captions, metas = stored["captions"], stored["metas"]
     scorer = Scorer(folder / "clip", table, cfg["max_length"])
-    vae = AutoencoderKL.from_pretrained(folder / "model/vae", torch_dtype=torch.float32).to(DEVICE).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "model/vae").to(DEVICE, torch.float32).eval()
     result = {"nouns": len(table), "vae_psnr_unseen_db": round(psnr(vae, images), 2),
               "real": scorer.measure(images, captions, metas, table)}
     result["identity"], means, names = identity(scorer, cfg, art_folder)

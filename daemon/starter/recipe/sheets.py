@@ -13,7 +13,7 @@ from common import DEVICE, read_json
 
 def load_pipeline(folder):
     """f32 for the CPU's sake; DPM-Solver++ over the folder's own betas."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32).to(DEVICE)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(DEVICE, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, algorithm_type="dpmsolver++")
     return pipeline

@@ -48,6 +48,15 @@ class Latents:
         return pick(self.latents, j).float(), pick(self.states, k).float()
 
 
+def timesteps(n, dense=(50, 650), share=.6):
+    """Stratified; `share` of them more between the two bounds of `dense`, where a small picture is decided:
+    earlier steps are VAE detail, at later ones little but the background's colour is left of it."""
+    u = (torch.randperm(n) + torch.rand(n)) / n
+    lo, hi = dense
+    t = torch.where(u < share, lo + (hi - lo) * u / share, 1000 * (u - share) / (1 - share))
+    return t.long().clamp(max=999)
+
+
 @torch.no_grad()
 def average(params):
     """The mean of the weights over all processes."""
@@ -86,7 +95,7 @@ def run(cfg, out, resume=True):
         s = torch.load(state_path, map_location=DEVICE)
         model.load_state_dict(s["model"])
         opt.load_state_dict(s["optimizer"])
-        ema.shadow, ema.steps, step, samples, spent = s["ema"], s["steps"], s["step"], s["samples"], s["spent"]
+        ema.shadow, ema.steps, step, samples, spent = s["ema"], s["ema_steps"], s["step"], s["samples"], s["spent"]
     if RANK == 0:
         print("unet parameters", sum(p.numel() for p in params) / 1e6, "from step", step, flush=True)
     alphas = DDPMScheduler(**BETAS).alphas_cumprod.to(DEVICE)
@@ -97,7 +106,7 @@ def run(cfg, out, resume=True):
     warm_from = step
 
     def save():
-        save_atomically({"model": model.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow, "steps": ema.steps,
+        save_atomically({"model": model.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow, "ema_steps": ema.steps,
                          "step": step, "samples": samples, "spent": clock.spent()}, state_path)
         if RANK == 0:
             with ema.swapped():
@@ -119,7 +128,7 @@ def run(cfg, out, resume=True):
         for g in opt.param_groups:
             g["lr"] = u["lr"] * clock.factor(step - warm_from, fraction)
         z, text = data.batch(b)
-        t = ((torch.randperm(b) + torch.rand(b)) / b * 1000).long().clamp(max=999).to(DEVICE)   # stratified
+        t = timesteps(b).to(DEVICE)
         noise = torch.randn_like(z)
         a = alphas[t][:, None, None, None]
         x = (a.sqrt() * z + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
