@@ -24,6 +24,8 @@ use crate::{base, progress, score};
 /// and pairs of concepts in one picture. Prints how long the merge took, and how well the pictures match the concepts
 /// alone and merged.
 #[derive(clap::Args)]
+// The bundled model is small: more guidance than this burns its colours.
+#[command(mut_arg("guidance", |arg| arg.default_value("4")))]
 pub struct Args {
     /// The contact sheet to write
     #[arg(short, long, value_name = "FILE.png", default_value = "blocklora-demo.png")]

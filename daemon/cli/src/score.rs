@@ -24,6 +24,8 @@ use crate::{base, output, progress};
 /// which the class word stands for the concept (text alignment: the mean of 2.5 max(cosine, 0)), and with all concepts
 /// (identity: the share of pictures nearest to the right concept).
 #[derive(clap::Args)]
+// The bundled model is small: more guidance than this burns its colours.
+#[command(mut_arg("guidance", |arg| arg.default_value("4")))]
 pub struct Args {
     /// Adapters to score, a file each in DIR, and the strategies to merge them with; may be given many times [default:
     /// the bundled adapters, with blocklora and blocklora-sum1]
