@@ -149,7 +149,12 @@ fn adapters_that_do_not_fit_together_are_refused() {
     check(&["milo.safetensors", "rival.safetensors"], &["\"milo\"", "\"rival\"", "slot"]);
     let heavy = ["generate", "a cat", "-o", "x.png", "--steps", "1", "--with", "milo.safetensors=1e38"];
     fails(folder.path(), 1, &heavy, &["not finite", "lower the concepts' weights"]);
-    fails(folder.path(), 1, &["merge", "-o", "x", "milo.safetensors=1e38"], &["not finite in F16", "lower the adapters' weights"]);
+    fails(
+        folder.path(),
+        1,
+        &["merge", "-o", "x", "milo.safetensors=1e38"],
+        &["not finite in F16", "lower the adapters' weights"],
+    );
 }
 
 #[test]
