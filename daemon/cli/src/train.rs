@@ -213,7 +213,7 @@ fn free_slot(output: &Path, partition: &Partition) -> anyhow::Result<u32> {
     let mut taken = BTreeSet::new();
     for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
         let path = entry.with_context(|| folder.display().to_string())?.path();
-        let candidate = path.extension().is_some_and(|e| e == "safetensors") && path != output;
+        let candidate = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
         // Other safetensors files may lie there, too: what is not an adapter owns no slot.
         if candidate && let Ok(adapter) = Adapter::open(&path) {
             let same = |p: &Partition| Partition { slot: 0, ..*p } == Partition { slot: 0, ..*partition };
