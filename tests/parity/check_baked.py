@@ -97,7 +97,7 @@ def main():
     theirs, ours = np.asarray(image).astype(int), np.asarray(Image.open(ours)).astype(int)
     difference = np.abs(theirs - ours).max()
     print(f"{options.adapter}: largest difference of a pixel {difference}/255, deviation of the picture {ours.std():.0f}")
-    raise SystemExit(difference > 2)
+    raise SystemExit(int(difference > 2))
 
 
 if __name__ == "__main__":
