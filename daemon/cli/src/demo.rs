@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let starter = base::starter()?;
     let files = args::adapters_in(args.adapters.as_deref().unwrap_or(&starter.join("adapters")))?;
     let concepts = Concepts::open(&starter.join("concepts"))?;
-    let mut session = Session::new(session::open_model(&args.model)?, &files)?;
+    let mut session = Session::new(session::open_model(&args.model)?, &in_order(files, &concepts))?;
     let judge = Judge::open(&starter.join("clip"), &concepts, PAPER_PREFIX)?;
     let entries = score::entries_of(&session, &concepts)?;
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
@@ -145,21 +145,27 @@ fn jobs_of(args: &Args, entry: &Entry) -> Vec<Job> {
         .collect()
 }
 
-/// Each concept with the next one, in words that fit their kinds.
+/// `files` in the order of the bundled concepts, which puts like beside like.
+fn in_order(mut files: Vec<PathBuf>, concepts: &Concepts) -> Vec<PathBuf> {
+    let position =
+        |file: &PathBuf| concepts.entries.iter().position(|e| file.file_stem().is_some_and(|s| *s == *e.name));
+    files.sort_by_key(|file| position(file).unwrap_or(usize::MAX));
+    files
+}
+
+/// People and things two by two, then each place and style with one of them.
 fn pair_jobs(args: &Args, session: &Session) -> Vec<Job> {
-    let manifests: Vec<_> = session.adapters.iter().map(|a| a.manifest()).collect();
-    let prompt = |i: usize| {
-        let (a, b) = (manifests[i], manifests[(i + 1) % manifests.len()]);
-        // A place or a style is what the other one is put into.
-        let (a, b) = if matches!(a.kind, Kind::Scene | Kind::Style) { (b, a) } else { (a, b) };
-        match b.kind {
-            Kind::Scene => format!("a <{}> in the <{}>", a.name, b.name),
-            Kind::Style => format!("a <{}>, <{}>", a.name, b.name),
-            Kind::Person | Kind::Subject => format!("a <{}> and a <{}>", a.name, b.name),
-        }
-    };
-    let count = if manifests.len() > 1 { manifests.len() } else { 0 };
-    (0..count).map(|i| Job { prompt: prompt(i), negative: String::new(), seed: args.sampling.seed }).collect()
+    let manifests = || session.adapters.iter().map(|a| a.manifest());
+    let (things, others): (Vec<_>, Vec<_>) = manifests().partition(|m| matches!(m.kind, Kind::Person | Kind::Subject));
+    let next = |i: usize| &things[(i + 1) % things.len()].name;
+    let two = things.iter().enumerate().map(|(i, m)| format!("a <{}> and a <{}> on the beach", m.name, next(i)));
+    let with_other = things.iter().step_by(2).zip(&others).map(|(thing, other)| match other.kind {
+        Kind::Style => format!("a <{}> on the beach, <{}>", thing.name, other.name),
+        _ => format!("a <{}> in the <{}>", thing.name, other.name),
+    });
+    let two = two.take(if things.len() > 1 { things.len() } else { 0 });
+    let job = |prompt| Job { prompt, negative: String::new(), seed: args.sampling.seed };
+    two.chain(with_other).map(job).collect()
 }
 
 fn sheet(
