@@ -1,0 +1,3 @@
+//! The BlockLoRA daemon.
+
+fn main() {}
