@@ -25,6 +25,10 @@ pub enum Stream {
     Posterior = 8,
     /// Row permutations of a partition.
     Partition = 9,
+    /// Random choices of merge strategies.
+    Merge = 10,
+    /// Pictures drawn for a trainer: the seed of picture `step`.
+    Prior = 11,
     /// Anything a test needs.
     Test = 1000,
 }

@@ -9,7 +9,10 @@ use blocklora_tree::{files, root, rust_files};
 const DEPENDENCIES: &[(&str, &str, &[&str])] = &[
     ("spec", "blocklora-spec", &[]),
     ("daemon/engine", "blocklora-engine", &["blocklora-spec"]),
-    ("daemon/cli", "blocklora-cli", &["blocklora-engine", "blocklora-spec"]),
+    ("sdk/plugin", "blocklora-sdk", &["blocklora-spec"]),
+    ("sdk/client", "blocklora-client", &[]),
+    ("daemon/service", "blocklora-service", &["blocklora-engine", "blocklora-sdk", "blocklora-spec"]),
+    ("daemon/cli", "blocklora-cli", &["blocklora-client", "blocklora-engine", "blocklora-spec"]),
     ("tests/tree", "blocklora-tree", &[]),
 ];
 
@@ -35,6 +38,7 @@ fn crates_depend_in_one_direction() {
         workspace["workspace"]["members"].as_array().unwrap().iter().map(|m| m.as_str().unwrap()).collect();
     let mut known: Vec<&str> = DEPENDENCIES.iter().map(|(folder, ..)| *folder).collect();
     members.sort_unstable();
+    known.push("plugins/*");
     known.sort_unstable();
     assert_eq!(members, known, "a new crate needs its place in DEPENDENCIES and in ARCHITECTURE.md");
     for (folder, name, allowed) in DEPENDENCIES {
@@ -50,6 +54,34 @@ fn crates_depend_in_one_direction() {
             }
         }
     }
+}
+
+#[test]
+fn plugins_see_the_sdk_only() {
+    let mut seen = 0;
+    for folder in std::fs::read_dir(root().join("plugins")).unwrap() {
+        let folder = folder.unwrap().path();
+        if !folder.is_dir() {
+            continue;
+        }
+        let name = folder.file_name().unwrap().to_str().unwrap();
+        let cargo = manifest(&format!("plugins/{name}"));
+        assert_eq!(cargo["package"]["name"].as_str(), Some(name), "plugins/{name}: the package is named as its folder");
+        for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
+            let Some(table) = cargo.get(section).and_then(|s| s.as_table()) else { continue };
+            let ours = |d: &&String| d.starts_with("blocklora") || root().join("plugins").join(d).is_dir();
+            for dependency in table.keys().filter(ours) {
+                assert_eq!(dependency, "blocklora-sdk", "plugins/{name}/Cargo.toml must not use {dependency}");
+            }
+        }
+        let described: toml::Table =
+            std::fs::read_to_string(folder.join(format!("{name}.toml"))).unwrap().parse().unwrap();
+        let field = |key: &str| described[key].as_str().unwrap().to_owned();
+        assert_eq!(format!("{}-{}", field("kind"), field("id")), name);
+        assert_eq!(field("library"), format!("lib{}.so", name.replace('-', "_")));
+        seen += 1;
+    }
+    assert!(seen > 0, "there is no plugin");
 }
 
 /// The part of `line` before a line comment. Good enough for code formatted by rustfmt: no `//` in our strings but URLs.

@@ -1,0 +1,13 @@
+//! Hosts whose answers are known, for the tests of plugins: what `blocklora plugin check` uses, too.
+
+mod composed;
+mod gaussian;
+mod golden;
+mod job;
+mod quadratic;
+
+pub use composed::{Problem, merge};
+pub use gaussian::Gaussian;
+pub use golden::{SamplerGolden, check_sampler};
+pub use job::TestJob;
+pub use quadratic::Quadratic;

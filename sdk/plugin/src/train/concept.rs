@@ -1,0 +1,341 @@
+//! Learning one concept: the loop that the concept trainers share.
+//!
+//! ED-LoRA (Gu et al., "Mix-of-Show", NeurIPS 2023) names a concept by two tokens with one vector per cross-attention
+//! layer and adapts the attention projections of the UNet and of the text encoder. The other methods differ in a few
+//! places, which a [`Recipe`] names: which rows of B exist (BlockLoRA, equation 4), which outputs are erased (equation
+//! 3), what A starts as and whether it trains (Orthogonal Adaptation), whether pictures of the class are learned beside
+//! the concept (DreamBooth).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::adamw::AdamW;
+use super::host::{
+    ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost, TrainState,
+};
+use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
+use super::templates;
+use crate::Partition;
+use crate::error::{Error, Result};
+use crate::merge::Layer;
+use crate::rng::{Rng, Stream};
+
+/// Tokens that name a concept: one for who it is, one for what it is.
+pub(super) const CONCEPT_TOKENS: usize = 2;
+
+/// What A starts as.
+pub enum StartA<'a> {
+    /// Kaiming-uniform with a = sqrt 5, so uniform in ±1/sqrt n, as LoRA has it; trained.
+    Uniform,
+    /// The [rank, n] values of this function of (layer index, layer, the layer's random numbers); never trained.
+    Frozen(&'a dyn Fn(usize, &Layer, &mut Rng) -> Result<Vec<f32>>),
+}
+
+/// What the concept's two names start as; `learning_rate.tokens` says whether they move.
+#[derive(Clone, Copy, Debug)]
+pub enum Words<'a> {
+    /// The first N(0, token_init_std^2), the second the class word (ED-LoRA).
+    Noise,
+    /// The first this word, which must be one token of the model's vocabulary, the second the class word (DreamBooth).
+    Rare(&'a str),
+}
+
+/// Prior preservation (Ruiz et al., "DreamBooth", CVPR 2023, section 4.2): pictures of the class, drawn by the model
+/// before training, are learned along, so that the class stays what it was.
+#[derive(Clone, Debug)]
+pub struct Prior {
+    /// What to draw, and with which prompt to learn it.
+    pub pictures: PictureRequest,
+    /// lambda: the loss is that of the concept's pictures plus lambda times that of the class's, each a mean over as
+    /// many samples.
+    pub weight: f32,
+}
+
+/// In what a method differs from ED-LoRA.
+pub struct Recipe<'a> {
+    /// The shared settings.
+    pub settings: &'a ConceptSettings,
+    /// The rows that the adapter owns in a layer of m outputs, ascending: [`rows_of`] or [`all_rows`].
+    pub rows_of: &'a dyn Fn(usize) -> Vec<u32>,
+    /// Multiplies B A in every layer: the scale of the method's [`TrainPlan`](super::TrainPlan).
+    pub scale: f32,
+    /// Output erasure.
+    pub erasure: Option<Erasure>,
+    /// What A starts as.
+    pub start_a: StartA<'a>,
+    /// What the names start as.
+    pub words: Words<'a>,
+    /// Prior preservation.
+    pub prior: Option<Prior>,
+}
+
+impl<'a> Recipe<'a> {
+    /// ED-LoRA's: every row owned, nothing erased, A trained, no prior preservation.
+    pub fn new(settings: &'a ConceptSettings) -> Self {
+        Self {
+            settings,
+            rows_of: &all_rows,
+            scale: settings.alpha,
+            erasure: None,
+            start_a: StartA::Uniform,
+            words: Words::Noise,
+            prior: None,
+        }
+    }
+}
+
+/// Trains the host's concept by `recipe`: AdamW on the factors and on the tokens, which freeze once they have grown.
+pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Parameters> {
+    let settings = recipe.settings;
+    settings.check()?;
+    check_prompts(host, recipe)?;
+    let class_pictures = match &recipe.prior {
+        Some(prior) => Some(host.generate(&prior.pictures)?),
+        None => None,
+    };
+    let adamw = AdamW { weight_decay: settings.weight_decay, ..AdamW::default() };
+    let mut state = match host.resume()? {
+        Some(state) => state,
+        None => start(host, recipe)?,
+    };
+    let rates = group_rates(host.layers(), &state.parameters, settings);
+    let first_token = state.parameters.factors.len() * 2;
+    let mut gradients = Parameters::default();
+
+    while state.step < settings.steps {
+        let step = state.step;
+        let batch = draw_batch(host, recipe, class_pictures.clone(), step);
+        let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
+        let loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
+        if !loss.is_finite() {
+            return Err(Error::not_finite("the loss", loss, step));
+        }
+        let tokens_are_frozen = tokens_have_grown(&state.parameters.tokens, settings.token_norm_limit);
+        let a_is_frozen: Vec<bool> = state.parameters.factors.iter().map(|f| f.a_is_frozen).collect();
+        let (first_moments, second_moments) = state.optimiser.split_at_mut(rates.len());
+        let moments = first_moments.iter_mut().zip(second_moments);
+        for (index, ((theta, gradient), (m, v))) in
+            state.parameters.tensors_mut().zip(gradients.tensors()).zip(moments).enumerate()
+        {
+            let is_a = index < first_token && index.is_multiple_of(2);
+            let is_frozen = if is_a { a_is_frozen[index / 2] } else { index >= first_token && tokens_are_frozen };
+            if !is_frozen {
+                adamw.update(step + 1, settings.rate(rates[index], step), theta, gradient, m, v);
+            }
+        }
+        state.step += 1;
+        host.step_done(&state, settings.steps, loss)?;
+    }
+    check_finite(&state)?;
+    Ok(state.parameters)
+}
+
+/// Every prompt that training may draw must fit the model.
+fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
+    for template in templates::of_kind(host.concept().kind) {
+        for caption in host.captions().iter().flatten().map(String::as_str).chain(["{}"]) {
+            host.check_prompt(&template.replace("{}", caption), CONCEPT_TOKENS)?;
+        }
+    }
+    recipe.prior.as_ref().map_or(Ok(()), |prior| host.check_prompt(&prior.pictures.prompt, 0))
+}
+
+/// B = 0; A and the names as the recipe has them.
+fn start(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<TrainState> {
+    let settings = recipe.settings;
+    let mut factors = Vec::new();
+    for (index, layer) in host.layers().iter().enumerate().filter(|(_, layer)| is_chosen(layer, settings)) {
+        let rows = (recipe.rows_of)(layer.rows);
+        if rows.is_empty() {
+            continue;
+        }
+        let mut rng = host.rng(Stream::Init, 0, index);
+        let a = match &recipe.start_a {
+            StartA::Uniform => {
+                let bound = 1.0 / (layer.columns as f32).sqrt();
+                (0..settings.rank * layer.columns).map(|_| (2.0 * rng.uniform() - 1.0) * bound).collect()
+            }
+            StartA::Frozen(values) => values(index, layer, &mut rng)?,
+        };
+        factors.push(LayerFactors {
+            layer: index,
+            rank: settings.rank,
+            scale: recipe.scale,
+            a,
+            b: vec![0.0; rows.len() * settings.rank],
+            rows: rows.into(),
+            a_is_frozen: matches!(recipe.start_a, StartA::Frozen(_)),
+        });
+    }
+    if factors.is_empty() {
+        return Err(Error::incompatible("this slot owns no row of any layer of this model: choose another slot"));
+    }
+    let tokens = start_tokens(host, recipe)?;
+    let parameters = Parameters { factors, tokens };
+    let zeros: Vec<Vec<f32>> = parameters.tensors().map(|t| vec![0.0; t.len()]).collect();
+    Ok(TrainState { step: 0, parameters, optimiser: [zeros.clone(), zeros].concat() })
+}
+
+fn start_tokens(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<Vec<TokenFactors>> {
+    let concept = host.concept();
+    let class = host.embedding(&concept.class_word)?;
+    let layers = match recipe.settings.tokens {
+        TokenStyle::LayerWise => host.cross_attention_layers(),
+        TokenStyle::Plain => 1,
+    };
+    let first: Vec<f32> = match recipe.words {
+        Words::Noise => {
+            let mut rng = host.rng(Stream::Init, 1, 0);
+            class.iter().map(|_| recipe.settings.token_init_std * rng.normal()).collect()
+        }
+        Words::Rare(word) => host.embedding(word)?,
+    };
+    let token = |number: usize, start: &[f32]| TokenFactors {
+        name: format!("{}-{number}", concept.name),
+        layers,
+        values: start.repeat(layers),
+    };
+    Ok(vec![token(1, &first), token(2, &class)])
+}
+
+fn is_chosen(layer: &Layer, settings: &ConceptSettings) -> bool {
+    (settings.train_text_encoder || !layer.is_text_encoder())
+        && (settings.layers == LayerChoice::All || layer.is_attention())
+}
+
+/// The learning rate of each tensor, in the order of [`Parameters::tensors`].
+fn group_rates(layers: &[Layer], parameters: &Parameters, settings: &ConceptSettings) -> Vec<f32> {
+    let rate = settings.learning_rate;
+    let of_layer = |f: &LayerFactors| {
+        let text = layers.get(f.layer).is_some_and(Layer::is_text_encoder);
+        if text { rate.text_encoder } else { rate.unet }
+    };
+    let factors = parameters.factors.iter().flat_map(|f| [of_layer(f); 2]);
+    factors.chain(parameters.tokens.iter().map(|_| rate.tokens)).collect()
+}
+
+/// The concept's samples, and behind them as many of the class where there is prior preservation.
+fn draw_batch(
+    host: &dyn TrainHost,
+    recipe: &Recipe<'_>,
+    class_pictures: Option<Range<usize>>,
+    step: usize,
+) -> Vec<Sample> {
+    let settings = recipe.settings;
+    let captions = host.captions();
+    // loss = mean over the concept's + weight * mean over the class's, where the host divides by the number of both.
+    let weight = if class_pictures.is_some() { 2.0 } else { 1.0 };
+    let concept = (0..settings.batch_size).map(|lane| {
+        let mut data = host.rng(Stream::Data, step, lane);
+        let picture = data.below(captions.len());
+        let placement = draw_placement(&mut data, &settings.augmentation);
+        let caption = captions[picture].as_deref();
+        let prompt = templates::prompt(&mut data, host.concept().kind, caption, settings.templates);
+        draw_sample(host, settings, step, lane, (picture, placement, prompt, weight))
+    });
+    let class = recipe.prior.iter().zip(class_pictures).flat_map(|(prior, pictures)| {
+        (settings.batch_size..2 * settings.batch_size).map(move |lane| {
+            let mut data = host.rng(Stream::Data, step, lane);
+            let picture = pictures.start + data.below(pictures.len());
+            let placement = Placement { scale: 1.0, offset: [0.5; 2], flip: false };
+            let prompt = prior.pictures.prompt.clone();
+            draw_sample(host, settings, step, lane, (picture, placement, prompt, 2.0 * prior.weight))
+        })
+    });
+    concept.chain(class).collect()
+}
+
+/// A sample with its random numbers.
+fn draw_sample(
+    host: &dyn TrainHost,
+    settings: &ConceptSettings,
+    step: usize,
+    lane: usize,
+    (picture, placement, prompt, weight): (usize, Placement, String, f32),
+) -> Sample {
+    let [channels, height, width] = host.latent_shape();
+    let pixels = height * width;
+    let timestep = host.rng(Stream::Timestep, step, lane).below(host.num_train_timesteps());
+    let mut rng = host.rng(Stream::Noise, step, lane);
+    let mut noise = rng.normals(channels * pixels);
+    if settings.noise_offset > 0.0 {
+        for channel in noise.chunks_mut(pixels) {
+            let offset = settings.noise_offset * rng.normal();
+            channel.iter_mut().for_each(|e| *e += offset);
+        }
+    }
+    let posterior = host.rng(Stream::Posterior, step, lane).normals(channels * pixels);
+    Sample { picture, placement, prompt, timestep, noise, posterior, weight }
+}
+
+fn draw_placement(rng: &mut Rng, augmentation: &Augmentation) -> Placement {
+    let fill = rng.uniform() < augmentation.fill;
+    let shrunk = augmentation.min_scale + (1.0 - augmentation.min_scale) * rng.uniform();
+    Placement {
+        scale: if fill { 1.0 } else { shrunk },
+        offset: [rng.uniform(), rng.uniform()],
+        flip: augmentation.flip && rng.uniform() < 0.5,
+    }
+}
+
+/// r(lambda) of a step with `batch` samples: every element is 1 with probability 1 - lambda, else 0 (BlockLoRA,
+/// equation 3).
+pub fn draw_masks(
+    host: &dyn TrainHost,
+    parameters: &Parameters,
+    erasure: Option<Erasure>,
+    batch: usize,
+    step: usize,
+) -> ErasureMasks {
+    let Some(Erasure { lambda, scope, rescale }) = erasure.filter(|e| e.lambda > 0.0) else {
+        return Vec::new();
+    };
+    let kept = if rescale { 1.0 / (1.0 - lambda) } else { 1.0 };
+    let mask = |f: &LayerFactors| {
+        let layer = host.layers().get(f.layer);
+        // The text encoder sees each prompt once per cross-attention, not once per sample: its masks are shared.
+        let text = layer.is_some_and(Layer::is_text_encoder);
+        let samples = if scope == ErasureScope::Sample && !text { batch } else { 1 };
+        let mut rng = host.rng(Stream::Erasure, step, f.layer);
+        // The mask covers all m outputs (the paper's r has size m): the element of an output does not depend on
+        // which slot owns it.
+        let m = layer.map_or(0, |l| l.rows);
+        (0..samples)
+            .flat_map(|_| {
+                let all: Vec<f32> = (0..m).map(|_| if rng.uniform() < lambda { 0.0 } else { kept }).collect();
+                f.rows.iter().map(|&row| all[row as usize]).collect::<Vec<_>>()
+            })
+            .collect()
+    };
+    parameters.factors.iter().map(mask).collect()
+}
+
+/// Whether the mean norm of the tokens' vectors has reached the limit at which they freeze.
+fn tokens_have_grown(tokens: &[TokenFactors], limit: f32) -> bool {
+    let norms: Vec<f32> = tokens
+        .iter()
+        .flat_map(|t| t.values.chunks(t.values.len() / t.layers))
+        .map(|v| v.iter().map(|x| x * x).sum::<f32>().sqrt())
+        .collect();
+    limit > 0.0 && norms.iter().sum::<f32>() / norms.len() as f32 >= limit
+}
+
+fn check_finite(state: &TrainState) -> Result<()> {
+    match state.parameters.tensors().flatten().find(|x| !x.is_finite()) {
+        Some(&value) => Err(Error::not_finite("a trained parameter", value, state.step)),
+        None => Ok(()),
+    }
+}
+
+/// The rows 0..m: every row.
+pub fn all_rows(m: usize) -> Vec<u32> {
+    (0..m as u32).collect()
+}
+
+/// The rows of a partition's slot, or every row.
+pub fn rows_of(partition: Option<Partition>) -> Arc<dyn Fn(usize) -> Vec<u32>> {
+    match partition {
+        Some(partition) => Arc::new(move |m| partition.rows(m)),
+        None => Arc::new(all_rows),
+    }
+}
