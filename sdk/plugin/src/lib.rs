@@ -12,6 +12,7 @@
 //!
 //! The struct that implements the trait holds its settings: a [`Config`]. [`export_plugin!`] makes the library.
 
+pub mod abi;
 mod config;
 mod error;
 mod export;

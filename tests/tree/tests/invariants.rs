@@ -16,9 +16,14 @@ const DEPENDENCIES: &[(&str, &str, &[&str])] = &[
     ("tests/tree", "blocklora-tree", &[]),
 ];
 
-/// Where `unsafe` may stand: the kernels, and the maps of files.
-const UNSAFE: &[&str] =
-    &["daemon/engine/src/ops/", "daemon/engine/src/merge/kernel", "daemon/engine/src/weights.rs", "spec/src/map.rs"];
+/// Where `unsafe` may stand: the kernels, the maps of files, and the plugins' ABI.
+const UNSAFE: &[&str] = &[
+    "daemon/engine/src/ops/",
+    "daemon/engine/src/merge/kernel",
+    "daemon/engine/src/weights.rs",
+    "spec/src/map.rs",
+    "sdk/plugin/src/abi/",
+];
 
 /// Rust files that are tables, and may be long.
 const TABLES: &[&str] = &[];

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::merge::Layer;
 use crate::{Delta, Kind, Partition};
@@ -205,4 +205,48 @@ pub trait TrainHost: Job {
     /// when that is due. Returns [`Error::cancelled`](crate::Error::cancelled), after saving, if the caller has
     /// cancelled.
     fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()>;
+
+    /// The same for hosts that would rather not copy a state that they do not save: `state` makes it.
+    #[doc(hidden)]
+    fn step_done_with(&mut self, step: usize, state: &dyn Fn() -> TrainState, steps: usize, loss: f32) -> Result<()> {
+        let _ = step;
+        self.step_done(&state(), steps, loss)
+    }
+}
+
+/// Checks that `parameters` fit `layers`: what hosts do before they use what a plugin gave them.
+pub fn check_parameters(layers: &[Layer], parameters: &Parameters) -> Result<()> {
+    let mut seen = vec![false; layers.len()];
+    for f in &parameters.factors {
+        let Some(layer) = layers.get(f.layer) else {
+            return Err(Error::contract(format!(
+                "factors of layer {}, but there are {} layers",
+                f.layer,
+                layers.len()
+            )));
+        };
+        let wrong = |reason: String| Err(Error::contract(format!("factors of {}: {reason}", layer.name)));
+        if std::mem::replace(&mut seen[f.layer], true) {
+            return wrong("they are there twice".into());
+        }
+        if !f.rows.is_sorted_by(|p, q| p < q) || f.rows.last().is_some_and(|&row| row as usize >= layer.rows) {
+            return wrong(format!("their rows are not ascending and below {}", layer.rows));
+        }
+        if f.rank == 0 || f.rank.checked_mul(layer.columns) != Some(f.a.len()) {
+            return wrong(format!("A has {} numbers, not {} x {}", f.a.len(), f.rank, layer.columns));
+        }
+        if f.rank.checked_mul(f.rows.len()) != Some(f.b.len()) {
+            return wrong(format!("B has {} numbers, not {} x {}", f.b.len(), f.rows.len(), f.rank));
+        }
+        if !f.scale.is_finite() {
+            return wrong(format!("their scale is {}", f.scale));
+        }
+    }
+    for t in &parameters.tokens {
+        if t.layers == 0 || t.values.is_empty() || !t.values.len().is_multiple_of(t.layers) {
+            let reason = format!("{} numbers for {} vectors", t.values.len(), t.layers);
+            return Err(Error::contract(format!("token {:?}: {reason}", t.name)));
+        }
+    }
+    Ok(())
 }
