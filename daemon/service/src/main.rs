@@ -1,3 +1,83 @@
-//! The BlockLoRA daemon.
+//! `blocklorad`, the BlockLoRA daemon.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use blocklora_service::config::Bus;
+use blocklora_service::life::run::{Options, run};
+use blocklora_service::methods::BuiltIn;
+use clap::{Parser, ValueEnum};
+
+/// Pages that were freed are kept for the next step: candle allocates a tensor for every operation.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// The BlockLoRA daemon: keeps a model in memory and serves it over D-Bus and on a socket
+#[derive(Parser)]
+#[command(name = "blocklorad", version)]
+struct Args {
+    /// A configuration file to read instead of the standard ones; of several, later ones win
+    #[arg(long, value_name = "FILE")]
+    config: Vec<PathBuf>,
+    /// Which message bus to be on [default: as configured]
+    #[arg(long, value_enum)]
+    bus: Option<BusArg>,
+    /// The socket to listen on, or "none" [default: as configured]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<String>,
+    /// The folder for catalogue, adapters and checkpoints [default: as configured]
+    #[arg(long, value_name = "DIR")]
+    state: Option<String>,
+    /// End after this long without clients and jobs [default: as configured]
+    #[arg(long, value_name = "SECONDS")]
+    exit_when_idle: Option<u64>,
+    /// How much to write to stderr
+    #[arg(long, value_enum, default_value = "info")]
+    log: LogArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum BusArg {
+    Session,
+    System,
+    None,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogArg {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let level = match args.log {
+        LogArg::Error => tracing::Level::ERROR,
+        LogArg::Warn => tracing::Level::WARN,
+        LogArg::Info => tracing::Level::INFO,
+        LogArg::Debug => tracing::Level::DEBUG,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(false).without_time().init();
+    let bus = args.bus.map(|bus| match bus {
+        BusArg::Session => Bus::Session,
+        BusArg::System => Bus::System,
+        BusArg::None => Bus::None,
+    });
+    let options = Options {
+        config: args.config,
+        bus,
+        socket: args.socket,
+        state_dir: args.state,
+        exit_when_idle_sec: args.exit_when_idle,
+    };
+    match run(&options, Arc::new(BuiltIn)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What the daemon remembers: models, the library of adapters, who holds which slots, and jobs.
+//!
+//! One SQLite file in the state folder; adapters' files lie beside it, named by their digests. A file is complete before
+//! its entry is written, and an entry is never dropped silently.
+
+pub mod adapters;
+pub mod import;
+pub mod jobs;
+pub mod leases;
+pub mod models;
+mod schema;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rusqlite::Connection;
+
+use crate::error::{Error, Kind, Result};
+
+/// The catalogue of one state folder.
+pub struct Catalogue {
+    connection: Mutex<Connection>,
+    folder: PathBuf,
+    /// Whether it is only in memory, because the folder cannot be written.
+    volatile: bool,
+}
+
+impl Catalogue {
+    /// Opens the catalogue of `folder`, which exists, and makes it if there is none.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("catalogue.sqlite");
+        let mut connection = Connection::open(&path)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        // A finished transaction survives a power failure, too.
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.busy_timeout(std::time::Duration::from_secs(5))?;
+        schema::migrate(&mut connection).map_err(|e| e.context(path.display()))?;
+        let adapters = folder.join("adapters");
+        std::fs::create_dir_all(&adapters).map_err(|e| Error::io(adapters.display(), &e))?;
+        Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: false })
+    }
+
+    /// A catalogue that is gone with the process, for a folder that cannot be written.
+    pub fn in_memory(folder: &Path) -> Result<Self> {
+        let mut connection = Connection::open_in_memory()?;
+        schema::migrate(&mut connection)?;
+        Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: true })
+    }
+
+    /// The state folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The file of the adapter `digest`.
+    pub fn adapter_path(&self, digest: &str) -> PathBuf {
+        self.folder.join("adapters").join(format!("{digest}.safetensors"))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // SQLite rolls an unfinished transaction back by itself.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work` on the database. A disk that is full or read-only is named as such, which SQLite often reports as a
+    /// mere input or output error.
+    fn with<T>(&self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T> {
+        work(&mut self.lock()).map_err(|e| {
+            let error = Error::from(e);
+            match self.probe() {
+                Err(cause) if error.kind == Kind::Failed && !self.volatile => cause,
+                _ => error,
+            }
+        })
+    }
+
+    /// Whether the state folder can be written.
+    pub fn probe(&self) -> Result<()> {
+        let probe = tempfile::Builder::new().prefix(".probe-").tempfile_in(&self.folder);
+        let written = probe.and_then(|mut file| std::io::Write::write_all(&mut file, &[0; 4096]));
+        written.map_err(|e| Error::io(self.folder.display(), &e))
+    }
+
+    /// How often a daemon has started on this state, this start included.
+    pub fn next_boot(&self) -> Result<u64> {
+        self.with(|c| {
+            c.query_row(
+                "INSERT INTO meta VALUES ('boot', 1) ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value",
+                [],
+                |row| row.get::<_, i64>(0),
+            )
+        })
+        .map(|boot| boot as u64)
+    }
+}
+
+/// The columns of a partition: scheme's name, capacity, seed.
+fn scheme_name(scheme: blocklora_spec::Scheme) -> &'static str {
+    match scheme {
+        blocklora_spec::Scheme::Contiguous => "contiguous",
+        blocklora_spec::Scheme::Strided => "strided",
+        blocklora_spec::Scheme::Permuted => "permuted",
+    }
+}
+
+/// The scheme called `name`.
+pub fn scheme_from_name(name: &str) -> Option<blocklora_spec::Scheme> {
+    use blocklora_spec::Scheme::{Contiguous, Permuted, Strided};
+    [Contiguous, Strided, Permuted].into_iter().find(|scheme| scheme_name(*scheme) == name)
+}

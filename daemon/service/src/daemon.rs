@@ -1,0 +1,421 @@
+//! What the daemon's parts share: configuration, catalogue, queue, objects, and who hears of their changes.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc};
+
+use crate::authority::Authority;
+use crate::catalogue::Catalogue;
+use crate::catalogue::jobs::JobEntry;
+use crate::config::Config;
+use crate::dbus::signals::Hub;
+use crate::dbus::value::{Dict, dict, own};
+use crate::error::{Error, Kind, Result};
+use crate::jobs::queue::{Limits, Queue};
+use crate::jobs::work::Work;
+use crate::jobs::{Job, Lifetime, ResultFile, Stop, Ticket, now_usec};
+use crate::methods::Methods;
+use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
+
+/// The one device of this version.
+pub const DEVICE: &str = "cpu";
+
+/// What all parts share.
+pub struct Daemon {
+    config: RwLock<(Arc<Config>, Vec<PathBuf>)>,
+    /// What it remembers.
+    pub catalogue: Catalogue,
+    /// Jobs that wait.
+    pub queue: Queue,
+    /// Samplers, strategies, trainers.
+    pub methods: Arc<dyn Methods>,
+    /// Who may do what.
+    pub authority: Authority,
+    /// Who hears of changes.
+    pub hub: Hub,
+    /// The user that it runs as.
+    pub uid: u32,
+    /// When it started.
+    pub started_usec: u64,
+    /// How often a daemon has started on this state.
+    boot: u64,
+    next_id: AtomicU64,
+    objects: Mutex<Objects>,
+    /// Paths whose properties may have changed.
+    touched: Mutex<HashSet<String>>,
+    /// What clients were last told.
+    told: Mutex<HashMap<String, Dict>>,
+    finished: mpsc::UnboundedSender<Arc<Job>>,
+    /// Jobs that run now.
+    running: Mutex<Vec<Arc<Job>>>,
+    idle_unload_usec: Mutex<Option<u64>>,
+    device: Mutex<(&'static str, String)>,
+    stopping: AtomicBool,
+    /// Wakes whoever waits for the daemon's end.
+    pub stop: Notify,
+    last_activity: Mutex<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is a single step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Daemon {
+    /// A daemon without clients. The receiver gets every job that has ended.
+    pub fn new(
+        config: Config,
+        config_files: Vec<PathBuf>,
+        catalogue: Catalogue,
+        methods: Arc<dyn Methods>,
+        authority: Authority,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Arc<Job>>)> {
+        let boot = catalogue.next_boot()?;
+        let (finished, receiver) = mpsc::unbounded_channel();
+        let daemon = Self {
+            config: RwLock::new((Arc::new(config), config_files)),
+            catalogue,
+            queue: Queue::default(),
+            methods,
+            authority,
+            hub: Hub::default(),
+            uid: rustix::process::geteuid().as_raw(),
+            started_usec: now_usec(),
+            boot,
+            next_id: AtomicU64::new(1),
+            objects: Mutex::new(Objects::from([(ROOT.to_owned(), Object::Manager)])),
+            touched: Mutex::default(),
+            told: Mutex::default(),
+            finished,
+            running: Mutex::default(),
+            idle_unload_usec: Mutex::default(),
+            device: Mutex::new(("ready", String::new())),
+            stopping: AtomicBool::new(false),
+            stop: Notify::new(),
+            last_activity: Mutex::new(Instant::now()),
+        };
+        Ok((Arc::new(daemon), receiver))
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// The files that it came from.
+    pub fn config_files(&self) -> Vec<PathBuf> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// Reads the configuration again; an error leaves the old one in force.
+    pub fn reload(&self) -> Result<()> {
+        let files = self.config_files();
+        let config = Config::read(&files)?;
+        self.config.write().unwrap_or_else(PoisonError::into_inner).0 = Arc::new(config);
+        *lock(&self.idle_unload_usec) = None;
+        self.add_configured_models();
+        self.touch(ROOT);
+        Ok(())
+    }
+
+    /// How long an unused model stays; 0: for ever.
+    pub fn idle_unload_usec(&self) -> u64 {
+        let set = *lock(&self.idle_unload_usec);
+        set.unwrap_or_else(|| self.config().models.idle_unload_sec.saturating_mul(1_000_000))
+    }
+
+    /// Sets it until the daemon ends or reloads.
+    pub fn set_idle_unload_usec(&self, usec: u64) {
+        *lock(&self.idle_unload_usec) = Some(usec);
+        self.touch(ROOT);
+    }
+
+    /// An id that no other job, composition or lease ever had.
+    pub fn new_id(&self) -> String {
+        format!("{}j{}", self.boot, self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The object at `path`.
+    pub fn object(&self, path: &str) -> Option<Object> {
+        lock(&self.objects).get(path).cloned()
+    }
+
+    /// All objects.
+    pub fn objects(&self) -> Vec<(String, Object)> {
+        lock(&self.objects).iter().map(|(path, object)| (path.clone(), object.clone())).collect()
+    }
+
+    /// The names directly below `path`, and whether anything is there.
+    pub fn children(&self, path: &str) -> Vec<String> {
+        let prefix = if path == "/" { "/".to_owned() } else { format!("{path}/") };
+        let mut names: Vec<String> = Vec::new();
+        for path in lock(&self.objects).range(prefix.clone()..).map(|(path, _)| path) {
+            let Some(rest) = path.strip_prefix(&prefix) else { break };
+            let name = rest.split('/').next().unwrap_or_default();
+            if names.last().is_none_or(|last| last != name) {
+                names.push(name.to_owned());
+            }
+        }
+        names
+    }
+
+    /// Shows an object to clients; one that is there already is replaced.
+    pub fn add_object(&self, path: &str, object: Object) {
+        let properties = object.properties(self);
+        self.hub.added(path, &object, &properties);
+        lock(&self.told).insert(path.to_owned(), properties);
+        lock(&self.objects).insert(path.to_owned(), object);
+    }
+
+    /// Takes an object away.
+    pub fn remove_object(&self, path: &str) -> Option<Object> {
+        let object = lock(&self.objects).remove(path)?;
+        lock(&self.told).remove(path);
+        lock(&self.touched).remove(path);
+        self.hub.removed(path, &object);
+        Some(object)
+    }
+
+    /// The properties of the object at `path` may have changed.
+    pub fn touch(&self, path: &str) {
+        lock(&self.touched).insert(path.to_owned());
+    }
+
+    /// Tells clients which properties of the object at `path` changed.
+    pub fn tell(&self, path: &str) {
+        let Some(object) = self.object(path) else { return };
+        let now = object.properties(self);
+        let mut told = lock(&self.told);
+        let Some(before) = told.get_mut(path) else { return };
+        let mut changed = Dict::new();
+        for (name, value) in now {
+            if before.get(&name) != Some(&value) {
+                if let Ok(copy) = value.try_clone() {
+                    before.insert(name.clone(), copy);
+                }
+                changed.insert(name, value);
+            }
+        }
+        drop(told);
+        if !changed.is_empty() {
+            self.hub.changed(path, &object, &changed);
+        }
+    }
+
+    /// Tells clients of everything that was touched since the last call.
+    pub fn tell_all(&self) {
+        for path in std::mem::take(&mut *lock(&self.touched)) {
+            self.tell(&path);
+        }
+        let jobs = self.jobs();
+        for job in jobs.iter().filter(|job| job.take_dirty()) {
+            self.tell(&job.path);
+        }
+        for job in self.running() {
+            job.previews.flush();
+        }
+    }
+
+    /// All jobs, finished ones that are still kept included.
+    pub fn jobs(&self) -> Vec<Arc<Job>> {
+        let prefix = format!("{ROOT}/job/");
+        let objects = lock(&self.objects);
+        let jobs = objects.range(prefix.clone()..).take_while(|(path, _)| path.starts_with(&prefix));
+        let job = |(_, object): (&String, &Object)| match object {
+            Object::Job(job) => Some(job.clone()),
+            _ => None,
+        };
+        jobs.filter_map(job).collect()
+    }
+
+    /// Queues work for `ticket`. A training is written into the catalogue before this returns.
+    pub fn submit(&self, ticket: &Ticket, work: Work) -> Result<Arc<Job>> {
+        let id = self.new_id();
+        self.submit_as(id, ticket, work)
+    }
+
+    /// As [`Self::submit`], for a job that has its id already.
+    pub fn submit_as(&self, id: String, ticket: &Ticket, work: Work) -> Result<Arc<Job>> {
+        let path = match &ticket.token {
+            Some(token) => format!("{ROOT}/job/{}_{token}", escape(&ticket.owner.client)),
+            None => path_of("job", &id),
+        };
+        if self.object(&path).is_some() {
+            return Err(Error::option("option \"token\": it is in use"));
+        }
+        let spec = match &work {
+            Work::Train(train) => Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?),
+            _ => None,
+        };
+        let job = Arc::new(Job::new(id, path.clone(), ticket, work));
+        let jobs = &self.config().jobs;
+        if spec.is_some() {
+            let entry = JobEntry { spec, ..JobEntry::of(&job) };
+            self.catalogue.put_jobs(&[entry], jobs.history_max)?;
+        }
+        // Known before it can run, so that no signal of it is lost.
+        self.add_object(&path, Object::Job(job.clone()));
+        let limits = Limits { all: jobs.queue_limit, per_client: jobs.queue_limit_per_client };
+        if let Err(error) = self.queue.push(job.clone(), limits) {
+            self.remove_object(&path);
+            if job.kind == "train" {
+                self.catalogue.forget_job(&job.id)?;
+            }
+            return Err(error);
+        }
+        self.touch(ROOT);
+        Ok(job)
+    }
+
+    /// A job has ended: its last signals go out and those who wait for it go on.
+    pub fn finish(&self, job: &Arc<Job>, outcome: Result<Dict>, results: Vec<ResultFile>) {
+        if job.finish(outcome, results) {
+            // The receiver lives as long as the daemon.
+            let _ = self.finished.send(job.clone());
+        }
+        self.touch(ROOT);
+    }
+
+    /// Ends a job early.
+    pub fn stop_job(&self, job: &Arc<Job>, stop: Stop) {
+        job.request_stop(stop);
+        if self.queue.remove(&job.id).is_some() {
+            self.finish(job, Err(job.stop_error()), Vec::new());
+        }
+    }
+
+    /// Notes that the worker runs `job` now, or no longer.
+    pub fn set_running(&self, job: &Arc<Job>, runs: bool) {
+        let mut running = lock(&self.running);
+        running.retain(|other| other.id != job.id);
+        if runs {
+            running.push(job.clone());
+        }
+    }
+
+    /// Jobs that run now; one that let others go first is among them.
+    pub fn running(&self) -> Vec<Arc<Job>> {
+        lock(&self.running).clone()
+    }
+
+    /// A client has gone: what lived with its connection ends.
+    pub fn client_gone(&self, client: &str) {
+        for (path, object) in self.objects() {
+            match object {
+                Object::Job(job) if job.owner.client == client && job.lifetime == Lifetime::Connection => {
+                    if !job.status(|s| s.state.is_final()) {
+                        tracing::info!("job {}: cancelled, because its client {client} has gone", job.id);
+                        self.stop_job(&job, Stop::Discard);
+                    }
+                }
+                Object::Composition(composition)
+                    if composition.owner.client == client && composition.lifetime == Lifetime::Connection =>
+                {
+                    self.remove_object(&path);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The models, by id.
+    pub fn models(&self) -> Vec<Arc<ModelObject>> {
+        let model = |(_, object): (String, Object)| match object {
+            Object::Model(model) => Some(model),
+            _ => None,
+        };
+        self.objects().into_iter().filter_map(model).collect()
+    }
+
+    /// The model `id`.
+    pub fn model(&self, id: &str) -> Result<Arc<ModelObject>> {
+        match self.object(&path_of("model", id)) {
+            Some(Object::Model(model)) => Ok(model),
+            _ => {
+                let known: Vec<String> = self.models().iter().map(|model| model.id.clone()).collect();
+                let known = if known.is_empty() { "there is none".to_owned() } else { known.join(", ") };
+                Err(Error::new(Kind::ModelNotFound, format!("there is no model {id:?} (known: {known})")))
+            }
+        }
+    }
+
+    /// The id of the model that is used where none is named.
+    pub fn default_model(&self) -> Option<String> {
+        let configured = self.config().models.default.clone();
+        if !configured.is_empty() {
+            return Some(configured);
+        }
+        let models = self.models();
+        models.iter().find(|model| model.id == "starter").or(models.first()).map(|model| model.id.clone())
+    }
+
+    /// Devices as the interface shows them.
+    pub fn device_properties(&self) -> Dict {
+        let (state, reason) = lock(&self.device).clone();
+        let (total, free) = crate::life::memory::system();
+        dict([
+            ("id", own(DEVICE)),
+            ("kind", own("cpu")),
+            ("name", own(crate::life::memory::processor())),
+            ("memory_bytes", own(total)),
+            // In steps, so that it does not change with every breath.
+            ("free_bytes", own(free >> 28 << 28)),
+            ("state", own(state)),
+            ("reason", own(reason)),
+        ])
+    }
+
+    /// Notes how the device is.
+    pub fn set_device_state(&self, state: &'static str, reason: &str) {
+        *lock(&self.device) = (state, reason.to_owned());
+        self.touch(ROOT);
+    }
+
+    /// Whether the daemon is ending.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The daemon is to end.
+    pub fn request_stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.stop.notify_waiters();
+        self.stop.notify_one();
+    }
+
+    /// Somebody needs the daemon now.
+    pub fn note_activity(&self) {
+        *lock(&self.last_activity) = Instant::now();
+    }
+
+    /// For how long nobody has needed it.
+    pub fn idle_for(&self) -> Duration {
+        if !self.queue.is_empty() || !self.running().is_empty() || self.hub.has_clients() {
+            self.note_activity();
+        }
+        lock(&self.last_activity).elapsed()
+    }
+
+    /// Takes the history's entry of finished jobs that are kept no longer out of the objects.
+    pub fn expire_jobs(&self) {
+        let jobs = self.config().jobs.clone();
+        let mut finished: Vec<Arc<Job>> = self.jobs().into_iter().filter(|j| j.status(|s| s.state.is_final())).collect();
+        finished.sort_by_key(|job| job.status(|s| s.finished_usec));
+        let mut bytes: u64 = finished.iter().map(|job| job.result_bytes()).sum();
+        let mut count = finished.len();
+        let oldest = now_usec().saturating_sub(jobs.results_keep_sec.saturating_mul(1_000_000));
+        for job in finished {
+            let old = job.status(|s| s.finished_usec) < oldest;
+            if !old && count <= jobs.results_keep_max && bytes <= jobs.results_keep_bytes {
+                break;
+            }
+            bytes -= job.result_bytes();
+            count -= 1;
+            self.remove_object(&job.path);
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! org.blocklora.Daemon1.Adapter.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use blocklora_spec::{Adapter, export};
+use zbus::{OwnedFd, Variant};
+
+use super::call::{Answer, Call, Refusal, no_options};
+use super::interfaces::Method;
+use super::value::{Dict, Options, dict, own};
+use crate::error::{Error, Kind, Result};
+use crate::memfd;
+use crate::objects::AdapterObject;
+
+/// Answers a call on the adapter at `path`.
+pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, member: &str, method: &Method) -> Answer {
+    let digest = adapter.entry.digest.clone();
+    match member {
+        "Inspect" => {
+            no_options(call.args::<Dict>()?)?;
+            let opened = call.blocking(move |daemon| daemon.catalogue.open_adapter(&digest)).await?;
+            call.reply(method, &inspect(&opened, adapter)?)
+        }
+        "Export" => {
+            let (format, options): (String, Dict) = call.args()?;
+            no_options(options)?;
+            let files = call
+                .blocking(move |daemon| export_files(&daemon.catalogue.open_adapter(&digest)?, &format))
+                .await?;
+            call.reply(method, &files)
+        }
+        "Unregister" => {
+            let mut options = Options::new(call.args::<Dict>()?);
+            let remove = options.boolean("remove")?.unwrap_or(false);
+            options.finish()?;
+            if remove {
+                call.authorize("manage-models").await?;
+                call.blocking(move |daemon| daemon.catalogue.remove_adapter(&digest)).await?;
+            }
+            call.daemon.remove_object(path);
+            call.reply(method, &())
+        }
+        _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
+    }
+}
+
+fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {
+    let manifest = serde_json::to_string(opened.manifest()).map_err(|e| Error::failed(e.to_string()))?;
+    let layers: Vec<(String, u32, u32, u32)> = opened
+        .layers()
+        .iter()
+        .map(|l| (l.name.clone(), l.outputs as u32, l.columns as u32, l.rows.len() as u32))
+        .collect();
+    let tokens: Vec<(String, u32, u32)> =
+        opened.tokens().iter().map(|t| (t.name.clone(), t.layers as u32, t.width as u32)).collect();
+    Ok(dict([
+        ("manifest", own(manifest)),
+        ("layers", own(Variant::from(layers))),
+        ("tokens", own(Variant::from(tokens))),
+        ("size", own(adapter.entry.size)),
+        ("added_usec", own(adapter.entry.added_usec)),
+    ]))
+}
+
+fn export_files(adapter: &Adapter, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
+    let folder = tempfile::tempdir().map_err(|e| Error::io("temporary folder", &e))?;
+    let name = format!("{}.safetensors", adapter.manifest().name);
+    let path = folder.path().join(&name);
+    match format {
+        "blocklora" => return Ok(vec![file(adapter.path(), name)?]),
+        "kohya" => export::kohya(adapter, &path)?,
+        "diffusers" => export::diffusers(adapter, &path)?,
+        "textual-inversion" => export::textual_inversion(adapter, &path)?,
+        "peft" => {
+            let files = export::peft(adapter, folder.path().join("peft"))?;
+            let root = folder.path().join("peft");
+            let relative = |path: &Path| path.strip_prefix(&root).unwrap_or(path).display().to_string();
+            return files.iter().map(|path| file(path, relative(path))).collect();
+        }
+        other => {
+            let known = "blocklora, kohya, diffusers, peft or textual-inversion";
+            return Err(Error::new(Kind::NotSupported, format!("format {other:?} is not {known}")));
+        }
+    }
+    Ok(vec![file(&path, name)?])
+}
+
+fn file(path: &Path, name: String) -> Result<(OwnedFd, Dict)> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path.display(), &e))?;
+    let media_type = if name.ends_with(".json") { "application/json" } else { "application/vnd.safetensors" };
+    let fd = memfd::sealed(&name, &bytes)?;
+    let info = dict([("name", own(name)), ("media_type", own(media_type)), ("size", own(bytes.len() as u64))]);
+    Ok((fd.into(), info))
+}

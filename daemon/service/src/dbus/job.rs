@@ -1,0 +1,78 @@
+//! org.blocklora.Daemon1.Job.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use zbus::OwnedFd;
+
+use super::call::{Answer, Call, Refusal, no_options};
+use super::interfaces::Method;
+use super::value::{Dict, Options};
+use crate::error::{Error, Kind};
+use crate::jobs::{Job, Stop};
+
+/// The default time between two previews.
+const PREVIEW_INTERVAL_USEC: u64 = 500_000;
+/// The largest side of a preview: such a picture fits one packet.
+const PREVIEW_SIDE_MAX: u32 = 256;
+
+/// Answers a call.
+pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) -> Answer {
+    match member {
+        "Wait" => {
+            job.wait().await;
+            match job.outcome() {
+                Some(Ok(details)) => call.reply(method, &("done", details)),
+                Some(Err(error)) => Err(error.into()),
+                None => Err(Error::failed("the job ended without a result").into()),
+            }
+        }
+        "Cancel" => {
+            let (mode, options): (String, Dict) = call.args()?;
+            no_options(options)?;
+            let stop = match mode.as_str() {
+                "" | "discard" => Stop::Discard,
+                "checkpoint" => Stop::Checkpoint,
+                other => return Err(Error::option(format!("mode {other:?} is not discard or checkpoint")).into()),
+            };
+            call.authorize_owner(job.owner.uid).await?;
+            call.daemon.stop_job(job, stop);
+            call.reply(method, &())
+        }
+        "TakeResults" => {
+            let mut options = Options::new(call.args::<Dict>()?);
+            let keep = options.boolean("keep")?.unwrap_or(false);
+            let formats = options.strings("formats")?.unwrap_or_default();
+            options.finish()?;
+            call.authorize_owner(job.owner.uid).await?;
+            match job.outcome() {
+                None => {
+                    let message = "the job has not finished; call Wait first";
+                    Err(Error::new(Kind::JobNotFinished, message).into())
+                }
+                Some(Err(error)) => Err(error.into()),
+                Some(Ok(_)) => {
+                    let files = job.take_results(keep, &formats)?;
+                    let files: Vec<(OwnedFd, Dict)> = files.into_iter().map(|(fd, info)| (fd.into(), info)).collect();
+                    call.reply(method, &files)
+                }
+            }
+        }
+        "OpenPreviews" => {
+            let mut options = Options::new(call.args::<Dict>()?);
+            let interval = options.u64("interval_usec")?.unwrap_or(PREVIEW_INTERVAL_USEC);
+            let side = options.u32("max_side")?.unwrap_or(PREVIEW_SIDE_MAX);
+            options.finish()?;
+            if !(8..=PREVIEW_SIDE_MAX).contains(&side) {
+                return Err(Error::option(format!("max_side = {side}: must be 8 to {PREVIEW_SIDE_MAX}")).into());
+            }
+            call.authorize_owner(job.owner.uid).await?;
+            let fd = job.previews.open(Duration::from_micros(interval), side)?;
+            if job.status(|s| s.state.is_final()) {
+                job.previews.close();
+            }
+            call.reply(method, &OwnedFd::from(fd))
+        }
+        _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
+    }
+}

@@ -1,0 +1,323 @@
+//! One connection: to a message bus, or of one client on the socket. Calls are answered in order as long as they need
+//! not wait; those that wait go on beside the others.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{Notify, mpsc};
+use zbus::message::{Builder, Type};
+use zbus::{Connection, MatchRule, Message, MessageStream};
+
+use super::call::{self, Call, Caller, Refusal};
+use crate::daemon::Daemon;
+use crate::error::Error;
+
+/// The daemon's own unique name on the socket.
+pub const OWN_NAME: &str = ":peer.0";
+
+/// Messages that may be on their way to one client. One that does not read them is disconnected, as a bus does.
+const OUTGOING_MAX: usize = 16_384;
+/// How long one message may take to leave.
+const SEND_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerKind {
+    /// The user's bus.
+    SessionBus,
+    /// The machine's bus.
+    SystemBus,
+    /// A client on the socket; credentials come from the kernel.
+    Socket {
+        /// Its user.
+        uid: u32,
+        /// Its process.
+        pid: u32,
+    },
+}
+
+/// One connection.
+pub struct Peer {
+    /// Counts connections.
+    pub id: u64,
+    /// The client's unique name on the socket; empty for a bus.
+    pub name: String,
+    /// What is at the other end.
+    pub kind: PeerKind,
+    /// The connection.
+    pub connection: Connection,
+    outgoing: mpsc::Sender<Message>,
+    closing: Notify,
+    rules: Mutex<Vec<(String, MatchRule<'static>)>>,
+    calls: AtomicUsize,
+    /// On a bus: its clients by unique name.
+    callers: Mutex<HashMap<String, (u32, u32)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes its place in the client's share of unanswered calls, and gives it back.
+struct Place(Arc<Peer>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Peer {
+    /// A connection, and the task that writes to it.
+    pub fn new(id: u64, name: String, kind: PeerKind, connection: Connection) -> Arc<Self> {
+        let (outgoing, mut receiver) = mpsc::channel::<Message>(OUTGOING_MAX);
+        let (rules, callers) = Default::default();
+        let peer = Self {
+            id,
+            name,
+            kind,
+            connection: connection.clone(),
+            outgoing,
+            closing: Notify::new(),
+            rules,
+            calls: AtomicUsize::new(0),
+            callers,
+        };
+        let peer = Arc::new(peer);
+        let weak = Arc::downgrade(&peer);
+        tokio::spawn(async move {
+            while let Some(message) = receiver.recv().await {
+                match tokio::time::timeout(SEND_PATIENCE, connection.send(&message)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        // A body that cannot be sent is one message's fault; a broken connection is noticed by its reader.
+                        tracing::debug!("cannot send: {error}");
+                    }
+                    Err(_) => {
+                        if let Some(peer) = weak.upgrade() {
+                            tracing::warn!("client {} does not read: disconnected", peer.name);
+                            peer.close();
+                        }
+                        break;
+                    }
+                }
+            }
+        });
+        peer
+    }
+
+    /// A message with its sender, which a bus adds by itself.
+    pub fn signed<'a>(&self, builder: Builder<'a>) -> Builder<'a> {
+        if self.name.is_empty() { builder } else { builder.sender(OWN_NAME) }
+    }
+
+    /// Ends the connection.
+    pub fn close(&self) {
+        self.closing.notify_one();
+    }
+
+    /// Whether a signal about an object of `client` goes here.
+    pub fn wants(&self, message: &Message, client: Option<&str>) -> bool {
+        match self.kind {
+            PeerKind::SessionBus | PeerKind::SystemBus => true,
+            PeerKind::Socket { .. } => {
+                client == Some(self.name.as_str())
+                    || lock(&self.rules).iter().any(|(_, rule)| rule.matches(message).unwrap_or(false))
+            }
+        }
+    }
+
+    /// Adds a match rule.
+    pub fn add_rule(&self, text: &str) -> Result<(), Refusal> {
+        const RULES_MAX: usize = 256;
+        let invalid = |e: zbus::Error| Refusal::bus("MatchRuleInvalid", format!("{text:?}: {e}"));
+        let rule = MatchRule::try_from(text).map_err(invalid)?.into_owned();
+        // A name on this socket is always the daemon's own.
+        let mut rules = lock(&self.rules);
+        if rules.len() >= RULES_MAX {
+            return Err(Refusal::bus("LimitsExceeded", format!("{RULES_MAX} match rules are there already")));
+        }
+        rules.push((text.to_owned(), without_sender(rule)));
+        Ok(())
+    }
+
+    /// Removes a match rule.
+    pub fn remove_rule(&self, text: &str) -> Result<(), Refusal> {
+        let mut rules = lock(&self.rules);
+        let at = rules.iter().position(|(rule, _)| rule == text);
+        let at = at.ok_or_else(|| Refusal::bus("MatchRuleNotFound", format!("{text:?} was never added")))?;
+        rules.remove(at);
+        Ok(())
+    }
+
+    /// Sends a signal; a client whose messages pile up is disconnected.
+    pub fn post(&self, message: &Message) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outgoing.try_send(message.clone()) {
+            tracing::warn!("client {}: {OUTGOING_MAX} messages are not read: disconnected", self.name);
+            self.close();
+        }
+    }
+
+    async fn reply(&self, message: Message) {
+        // It fails only when the connection has ended.
+        let _ = self.outgoing.send(message).await;
+    }
+
+    /// Whether clients of a bus own something here.
+    pub fn has_callers(&self) -> bool {
+        !lock(&self.callers).is_empty()
+    }
+
+    /// Serves the connection until it ends.
+    pub async fn serve(self: Arc<Self>, daemon: Arc<Daemon>, mut stream: MessageStream) {
+        daemon.hub.add(self.clone());
+        loop {
+            let next = tokio::select! {
+                next = stream.next() => next,
+                () = self.closing.notified() => None,
+            };
+            let message = match next {
+                Some(Ok(message)) => message,
+                Some(Err(error)) => {
+                    tracing::debug!("connection {} {}: {error}", self.id, self.name);
+                    break;
+                }
+                None => break,
+            };
+            match message.message_type() {
+                Type::MethodCall => self.clone().handle(&daemon, message).await,
+                Type::Signal if self.name.is_empty() => self.bus_signal(&daemon, &message),
+                _ => {}
+            }
+        }
+        daemon.hub.remove(&self);
+        if self.name.is_empty() {
+            for client in std::mem::take(&mut *lock(&self.callers)).into_keys() {
+                daemon.client_gone(&client);
+            }
+        } else {
+            daemon.client_gone(&self.name);
+        }
+        // Fails only where the other end was faster.
+        let _ = self.connection.clone().close().await;
+    }
+
+    async fn handle(self: Arc<Self>, daemon: &Arc<Daemon>, message: Message) {
+        let place = Place(self.clone());
+        let most = daemon.config().limits.calls_per_client_max;
+        // All clients of a bus share its connection.
+        let most = if self.name.is_empty() { most.saturating_mul(64) } else { most };
+        if self.calls.fetch_add(1, Ordering::AcqRel) >= most {
+            let refusal = Refusal::bus("LimitsExceeded", format!("{most} calls are unanswered already"));
+            if let Some(reply) = call::error_reply(&self, &message, refusal) {
+                self.reply(reply).await;
+            }
+            return;
+        }
+        daemon.note_activity();
+        let (peer, own) = (self.clone(), self.clone());
+        let daemon = daemon.clone();
+        let mut answer = Box::pin(async move {
+            let work = async {
+                let caller = peer.clone().caller(&message).await?;
+                call::answer(Call { daemon, caller, message: message.clone() }).await
+            };
+            let answered = AssertUnwindSafe(work).catch_unwind().await;
+            let answered = answered.unwrap_or_else(|_| Err(Error::failed("a bug in the daemon, see its log").into()));
+            match answered {
+                Ok(reply) => call::wants_reply(&message).then_some(reply),
+                Err(refusal) => call::error_reply(&own, &message, refusal),
+            }
+        });
+        match futures_util::poll!(&mut answer) {
+            Poll::Ready(Some(reply)) => self.reply(reply).await,
+            Poll::Ready(None) => {}
+            Poll::Pending => {
+                tokio::spawn(async move {
+                    if let Some(reply) = answer.await {
+                        self.reply(reply).await;
+                    }
+                    drop(place);
+                });
+            }
+        }
+    }
+
+    /// Who sent `message`.
+    async fn caller(self: Arc<Self>, message: &Message) -> Result<Caller, Refusal> {
+        if let PeerKind::Socket { uid, pid } = self.kind {
+            return Ok(Caller { client: self.name.clone(), uid, pid, peer: self });
+        }
+        let header = message.header();
+        let sender = header.sender().map(|name| name.to_string());
+        let sender = sender.ok_or_else(|| Refusal::bus("InvalidArgs", "the message has no sender"))?;
+        let known = lock(&self.callers).get(&sender).copied();
+        let (uid, pid) = match known {
+            Some(known) => known,
+            None => self.credentials(&sender).await?,
+        };
+        Ok(Caller { client: sender, uid, pid, peer: self })
+    }
+
+    /// Asks the bus who `sender` is, and to say when it goes.
+    async fn credentials(&self, sender: &str) -> Result<(u32, u32), Refusal> {
+        let fail = |e: zbus::Error| Refusal::from(Error::failed(format!("the bus does not know {sender}: {e}")));
+        let bus = zbus::fdo::DBusProxy::new(&self.connection).await.map_err(fail)?;
+        let rule = gone_rule(sender).map_err(fail)?;
+        // First the rule: who goes in between is then unknown to the bus.
+        bus.add_match_rule(rule.clone()).await.map_err(|e| fail(e.into()))?;
+        let name = zbus::names::BusName::try_from(sender.to_owned()).map_err(|e| fail(e.into()))?;
+        let credentials = match bus.get_connection_credentials(name).await {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                // What matters is the first error.
+                let _ = bus.remove_match_rule(rule).await;
+                return Err(fail(error.into()));
+            }
+        };
+        let uid = credentials.unix_user_id().ok_or_else(|| Error::failed(format!("the bus does not know {sender}'s user")))?;
+        let found = (uid, credentials.process_id().unwrap_or(0));
+        lock(&self.callers).insert(sender.to_owned(), found);
+        Ok(found)
+    }
+
+    /// On a bus: a client that has gone.
+    fn bus_signal(self: &Arc<Self>, daemon: &Arc<Daemon>, message: &Message) {
+        let header = message.header();
+        let from_bus = header.sender().is_some_and(|sender| sender.as_str() == "org.freedesktop.DBus");
+        if !from_bus || header.member().is_none_or(|member| member.as_str() != "NameOwnerChanged") {
+            return;
+        }
+        let body = message.body();
+        let Ok((name, _, new)) = body.deserialize::<(&str, &str, &str)>() else { return };
+        if new.is_empty() && lock(&self.callers).remove(name).is_some() {
+            daemon.client_gone(name);
+            let (peer, name) = (self.clone(), name.to_owned());
+            tokio::spawn(async move {
+                // A rule that stays costs the bus a little memory until the daemon ends.
+                if let (Ok(bus), Ok(rule)) = (zbus::fdo::DBusProxy::new(&peer.connection).await, gone_rule(&name)) {
+                    let _ = bus.remove_match_rule(rule).await;
+                }
+            });
+        }
+    }
+}
+
+fn gone_rule(name: &str) -> zbus::Result<MatchRule<'static>> {
+    let rule = format!(
+        "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='{name}'"
+    );
+    MatchRule::try_from(rule.as_str()).map(MatchRule::into_owned)
+}
+
+/// The same rule for any sender: on the socket every signal is the daemon's.
+fn without_sender(rule: MatchRule<'static>) -> MatchRule<'static> {
+    let text = rule.to_string();
+    let kept: Vec<&str> = text.split(',').filter(|part| !part.trim_start().starts_with("sender=")).collect();
+    MatchRule::try_from(kept.join(",").as_str()).map_or(rule, MatchRule::into_owned)
+}

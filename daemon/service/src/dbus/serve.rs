@@ -1,0 +1,98 @@
+//! Where clients come from: a message bus, and the socket.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::net::{UnixListener, UnixStream};
+use zbus::connection::Builder;
+use zbus::fdo::{RequestNameFlags, RequestNameReply};
+use zbus::{Connection, Guid};
+
+use super::bus_api::NAME;
+use super::peer::{Peer, PeerKind};
+use crate::config::Bus;
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
+
+/// How long a client may take to say who it is.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+static NEXT_PEER: AtomicU64 = AtomicU64::new(1);
+
+/// Connects to a bus and serves it; the objects are there before the name is.
+pub async fn on_bus(daemon: &Arc<Daemon>, bus: Bus) -> Result<Option<Connection>> {
+    let (builder, kind, which) = match bus {
+        Bus::Session => (Builder::session(), PeerKind::SessionBus, "session"),
+        Bus::System => (Builder::system(), PeerKind::SystemBus, "system"),
+        Bus::None => return Ok(None),
+    };
+    let fail = |e: zbus::Error| Error::failed(format!("{which} bus: {e}"));
+    let stream = builder.build_message_stream().await.map_err(fail)?;
+    let connection = Connection::from(&stream);
+    let peer = Peer::new(NEXT_PEER.fetch_add(1, Ordering::Relaxed), String::new(), kind, connection.clone());
+    let (served, serving) = (daemon.clone(), peer.clone());
+    tokio::spawn(async move {
+        serving.serve(served.clone(), stream).await;
+        if !served.is_stopping() {
+            tracing::error!("the {which} bus has gone: the daemon ends");
+            served.request_stop();
+        }
+    });
+    if kind == PeerKind::SystemBus {
+        daemon.authority.set_system_bus(connection.clone());
+    }
+    let name = zbus::names::WellKnownName::from_static_str(NAME).map_err(|e| Error::failed(e.to_string()))?;
+    let bus = zbus::fdo::DBusProxy::new(&connection).await.map_err(fail)?;
+    let reply = bus.request_name(name, RequestNameFlags::DO_NOT_QUEUE).await.map_err(|e| fail(e.into()))?;
+    match reply {
+        RequestNameReply::PrimaryOwner | RequestNameReply::AlreadyOwner => Ok(Some(connection)),
+        _ => Err(Error::new(
+            Kind::DeviceBusy,
+            format!("{which} bus: another daemon has the name {NAME}; stop it first, or set daemon.bus to \"none\""),
+        )),
+    }
+}
+
+/// Serves the socket until the daemon ends.
+pub async fn on_socket(daemon: Arc<Daemon>, listener: UnixListener) {
+    let guid = zbus::OwnedGuid::from(Guid::generate());
+    let open = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: it passes.
+                tracing::warn!("socket: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        if open.load(Ordering::Acquire) >= daemon.config().limits.connections_max {
+            tracing::warn!("socket: a client is turned away: limits.connections_max are connected");
+            continue;
+        }
+        open.fetch_add(1, Ordering::AcqRel);
+        let (daemon, guid, open) = (daemon.clone(), guid.clone(), open.clone());
+        tokio::spawn(async move {
+            if let Err(error) = serve_client(daemon, stream, guid).await {
+                tracing::debug!("socket: {error}");
+            }
+            open.fetch_sub(1, Ordering::AcqRel);
+        });
+    }
+}
+
+async fn serve_client(daemon: Arc<Daemon>, stream: UnixStream, guid: zbus::OwnedGuid) -> Result<()> {
+    let credentials = stream.peer_cred().map_err(|e| Error::io("credentials of a client", &e))?;
+    let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+    let kind = PeerKind::Socket { uid: credentials.uid(), pid };
+    let stream = stream.into_std().map_err(|e| Error::io("socket", &e))?;
+    let handshake = Builder::unix_stream(stream).server(guid).p2p().build_message_stream();
+    let stream = tokio::time::timeout(HANDSHAKE_PATIENCE, handshake).await;
+    let stream = stream.map_err(|_| Error::new(Kind::TimedOut, "a client did not say who it is"))??;
+    let id = NEXT_PEER.fetch_add(1, Ordering::Relaxed);
+    let peer = Peer::new(id, format!(":peer.{id}"), kind, Connection::from(&stream));
+    peer.serve(daemon, stream).await;
+    Ok(())
+}

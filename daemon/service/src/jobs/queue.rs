@@ -1,0 +1,292 @@
+//! The one queue: bounded, by priority, fair between clients.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::{Job, Priority};
+use crate::error::{Error, Kind, Result};
+
+/// What the worker is asked to do between two steps of whatever it does.
+pub enum Control {
+    /// Free memory on a device; the answer is the number of bytes.
+    Reclaim {
+        /// How many; 0: all that can be freed.
+        bytes: u64,
+        /// Who gets the answer.
+        reply: oneshot::Sender<u64>,
+    },
+    /// Free one model.
+    Unload {
+        /// Its id.
+        model: String,
+        /// Who gets the answer.
+        reply: oneshot::Sender<Result<()>>,
+    },
+    /// The machine goes to sleep: nothing runs until `until` is dropped.
+    Suspend {
+        /// Answered when the device is at rest.
+        reply: oneshot::Sender<()>,
+        /// Closed when the machine is awake again.
+        until: std::sync::mpsc::Receiver<()>,
+    },
+}
+
+/// What the worker gets.
+pub enum Next {
+    /// A job to run.
+    Job(Arc<Job>),
+    /// Something to do in between.
+    Control(Control),
+    /// Nothing came for the time given.
+    Idle,
+    /// The daemon ends.
+    Stop,
+}
+
+/// How many may wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// In all.
+    pub all: usize,
+    /// Of one client.
+    pub per_client: usize,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// In the order of arrival.
+    waiting: Vec<Arc<Job>>,
+    /// By client the turn at which it was served last: the one who waits longest comes next.
+    served: HashMap<String, u64>,
+    turn: u64,
+    control: VecDeque<Control>,
+    stopping: bool,
+}
+
+/// Jobs that wait, between the control plane and the worker. No lock is held longer than a look at the list takes.
+#[derive(Default)]
+pub struct Queue {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job.
+    pub fn push(&self, job: Arc<Job>, limits: Limits) -> Result<()> {
+        let mut inner = self.lock();
+        if inner.stopping {
+            return Err(Error::new(Kind::ShuttingDown, "the daemon is stopping and takes no new work"));
+        }
+        if inner.waiting.len() >= limits.all {
+            let message = format!("{} jobs are waiting already; try again later", limits.all);
+            return Err(Error::new(Kind::QueueFull, message));
+        }
+        let own = inner.waiting.iter().filter(|other| other.owner.client == job.owner.client).count();
+        if own >= limits.per_client {
+            let message = format!("{own} jobs of this client are waiting already; wait for some of them");
+            return Err(Error::new(Kind::QueueFull, message));
+        }
+        inner.waiting.push(job);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Asks the worker for something in between.
+    pub fn control(&self, control: Control) {
+        self.lock().control.push_back(control);
+        self.changed.notify_all();
+    }
+
+    /// Takes a waiting job out.
+    pub fn remove(&self, id: &str) -> Option<Arc<Job>> {
+        let mut inner = self.lock();
+        let at = inner.waiting.iter().position(|job| job.id == id)?;
+        Some(inner.waiting.remove(at))
+    }
+
+    /// Takes the waiting jobs out for which `which` holds.
+    pub fn remove_all(&self, which: impl Fn(&Job) -> bool) -> Vec<Arc<Job>> {
+        let mut inner = self.lock();
+        let (out, kept) = std::mem::take(&mut inner.waiting).into_iter().partition(|job| which(job));
+        inner.waiting = kept;
+        out
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The worker ends as soon as it may; waiting jobs stay for the caller to settle.
+    pub fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether [`Self::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.lock().stopping
+    }
+
+    /// Waits at most `patience` for something to do.
+    pub fn next(&self, patience: Duration) -> Next {
+        let mut inner = self.lock();
+        loop {
+            if let Some(control) = inner.control.pop_front() {
+                return Next::Control(control);
+            }
+            if inner.stopping {
+                return Next::Stop;
+            }
+            if let Some(job) = inner.take(|_| true) {
+                return Next::Job(job);
+            }
+            let (guard, timeout) =
+                self.changed.wait_timeout(inner, patience).unwrap_or_else(PoisonError::into_inner);
+            inner = guard;
+            if timeout.timed_out() {
+                return Next::Idle;
+            }
+        }
+    }
+
+    /// Without waiting: something in between, if there is.
+    pub fn next_control(&self) -> Option<Control> {
+        self.lock().control.pop_front()
+    }
+
+    /// Without waiting: the next job above `priority` for which `eligible` holds.
+    pub fn next_above(&self, priority: Priority, eligible: impl Fn(&Job) -> bool) -> Option<Arc<Job>> {
+        let mut inner = self.lock();
+        if inner.stopping {
+            return None;
+        }
+        inner.take(|job| job.priority > priority && eligible(job))
+    }
+
+    /// Tells every waiting job its place.
+    pub fn update_positions(&self) {
+        let order = self.lock().order();
+        for (position, job) in (1..).zip(&order) {
+            job.set_queue_position(position);
+        }
+    }
+}
+
+impl Inner {
+    fn take(&mut self, eligible: impl Fn(&Job) -> bool) -> Option<Arc<Job>> {
+        let served = |job: &Job| self.served.get(&job.owner.client).copied().unwrap_or(0);
+        let candidates = self.waiting.iter().enumerate().filter(|(_, job)| eligible(job));
+        let best = candidates.min_by_key(|(at, job)| (std::cmp::Reverse(job.priority), served(job), *at));
+        let at = best?.0;
+        let job = self.waiting.remove(at);
+        self.turn += 1;
+        self.served.insert(job.owner.client.clone(), self.turn);
+        if self.served.len() > 4096 {
+            let waiting = &self.waiting;
+            self.served.retain(|client, _| waiting.iter().any(|job| job.owner.client == *client));
+        }
+        Some(job)
+    }
+
+    /// The jobs in the order in which [`Self::take`] would give them if none came.
+    fn order(&self) -> Vec<Arc<Job>> {
+        let mut rounds: BTreeMap<(Priority, &str), u32> = BTreeMap::new();
+        let mut keyed: Vec<_> = Vec::with_capacity(self.waiting.len());
+        for (at, job) in self.waiting.iter().enumerate() {
+            let client = job.owner.client.as_str();
+            let round = rounds.entry((job.priority, client)).or_default();
+            let served = self.served.get(client).copied().unwrap_or(0);
+            keyed.push(((std::cmp::Reverse(job.priority), *round, served, at), job.clone()));
+            *round += 1;
+        }
+        keyed.sort_by_key(|(key, _)| *key);
+        keyed.into_iter().map(|(_, job)| job).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::work::Work;
+    use super::super::{Lifetime, Owner, Ticket};
+    use super::*;
+
+    const LIMITS: Limits = Limits { all: 6, per_client: 3 };
+
+    fn job(id: &str, client: &str, priority: Priority) -> Arc<Job> {
+        let owner = Owner { client: client.into(), uid: 0 };
+        let ticket = Ticket { owner, priority, lifetime: Lifetime::Daemon, token: None, timeout: None };
+        Arc::new(Job::new(id.into(), format!("/{id}"), &ticket, Work::Empty))
+    }
+
+    fn drain(queue: &Queue) -> String {
+        let mut order = String::new();
+        while let Next::Job(job) = queue.next(Duration::ZERO) {
+            order += &job.id;
+        }
+        order
+    }
+
+    #[test]
+    fn clients_take_turns_and_interactive_jobs_go_first() {
+        let queue = Queue::default();
+        use Priority::{Background, Interactive, Normal};
+        for (id, client, priority) in
+            [("a", "x", Normal), ("b", "x", Normal), ("c", "x", Background), ("d", "y", Normal), ("e", "z", Interactive)]
+        {
+            queue.push(job(id, client, priority), LIMITS).unwrap();
+        }
+        queue.update_positions();
+        let positions: String = queue.lock().order().iter().map(|j| format!("{}{}", j.id, j.status(|s| s.queue_position))).collect();
+        assert_eq!(positions, "e1a2d3b4c5");
+        assert_eq!(drain(&queue), "eadbc");
+        // z was served before x and y.
+        for (id, client) in [("f", "y"), ("g", "z"), ("h", "x")] {
+            queue.push(job(id, client, Normal), LIMITS).unwrap();
+        }
+        assert_eq!(drain(&queue), "gfh");
+    }
+
+    #[test]
+    fn the_bounds_hold_and_name_themselves() {
+        let queue = Queue::default();
+        for id in ["a", "b", "c"] {
+            queue.push(job(id, "x", Priority::Normal), LIMITS).unwrap();
+        }
+        let error = queue.push(job("d", "x", Priority::Normal), LIMITS).unwrap_err();
+        assert_eq!((error.kind, error.message.contains("this client")), (Kind::QueueFull, true));
+        for id in ["e", "f", "g"] {
+            queue.push(job(id, "y", Priority::Normal), LIMITS).unwrap();
+        }
+        let error = queue.push(job("h", "z", Priority::Normal), LIMITS).unwrap_err();
+        assert_eq!((error.kind, error.message.contains("6 jobs")), (Kind::QueueFull, true));
+        queue.remove("b").unwrap();
+        queue.push(job("i", "z", Priority::Normal), LIMITS).unwrap();
+        queue.stop();
+        assert_eq!(queue.push(job("j", "z", Priority::Normal), LIMITS).unwrap_err().kind, Kind::ShuttingDown);
+    }
+
+    #[test]
+    fn only_higher_priorities_interrupt() {
+        let queue = Queue::default();
+        queue.push(job("a", "x", Priority::Normal), LIMITS).unwrap();
+        queue.push(job("b", "x", Priority::Interactive), LIMITS).unwrap();
+        assert!(queue.next_above(Priority::Interactive, |_| true).is_none());
+        assert!(queue.next_above(Priority::Normal, |job| job.id != "b").is_none());
+        assert_eq!(queue.next_above(Priority::Background, |_| true).unwrap().id, "b");
+        assert_eq!(queue.next_above(Priority::Background, |_| true).unwrap().id, "a");
+    }
+}

@@ -1,0 +1,216 @@
+//! What a job does, as the worker needs it: checked, and with nothing of the bus in it.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use blocklora_spec::{Partition, Storage};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::config::Precision;
+
+/// One adapter of a set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// The digest of its file.
+    pub digest: String,
+    /// Its name.
+    pub name: String,
+    /// 1 is "as trained".
+    pub weight: f32,
+}
+
+/// A set of adapters and how they add up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Set {
+    /// The adapters.
+    pub entries: Vec<Entry>,
+    /// Id of the merge strategy.
+    pub strategy: String,
+    /// Its settings.
+    pub strategy_config: Map<String, Value>,
+}
+
+impl Default for Set {
+    fn default() -> Self {
+        Self { entries: Vec::new(), strategy: DEFAULT_STRATEGY.to_owned(), strategy_config: Map::new() }
+    }
+}
+
+/// The strategy where none is named.
+pub const DEFAULT_STRATEGY: &str = "blocklora";
+/// The sampler where none is named.
+pub const DEFAULT_SAMPLER: &str = "dpmpp-2m";
+
+/// Pictures to draw.
+#[derive(Clone, Debug)]
+pub struct Generate {
+    /// Id of the model.
+    pub model: String,
+    /// What is merged into it.
+    pub set: Set,
+    /// What to draw.
+    pub prompt: String,
+    /// What to steer away from.
+    pub negative_prompt: String,
+    /// Sampling steps.
+    pub steps: usize,
+    /// 1 is no guidance.
+    pub guidance_scale: f32,
+    /// Id of the sampler.
+    pub sampler: String,
+    /// Its settings.
+    pub sampler_config: Map<String, Value>,
+    /// Of the first picture.
+    pub seed: u64,
+    /// Pixels; none: the model's own.
+    pub width: Option<usize>,
+    /// Likewise.
+    pub height: Option<usize>,
+    /// Pictures.
+    pub count: usize,
+    /// Give raw pixels.
+    pub raw: bool,
+    /// Give PNG files.
+    pub png: bool,
+}
+
+/// A training. Its pictures lie in a folder of the state, so that a new daemon can go on with it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Train {
+    /// Id of the model.
+    pub model: String,
+    /// Id of the trainer.
+    pub trainer: String,
+    /// Its settings.
+    pub config: Map<String, Value>,
+    /// Which rows; none: all.
+    pub partition: Option<Partition>,
+    /// The lease on them, given back at the end.
+    pub lease: Option<String>,
+    /// The concept's name.
+    pub name: String,
+    /// The word for what it is.
+    pub class_word: String,
+    /// What kind of thing it is.
+    pub kind: blocklora_spec::Kind,
+    /// Pictures' files in the job's folder, and their captions.
+    pub pictures: Vec<(String, Option<String>)>,
+    /// Decides every random number.
+    pub seed: u64,
+    /// Type of the numbers in the file.
+    #[serde(with = "storage")]
+    pub storage: Storage,
+    /// To be stated in the file.
+    pub licence: Option<String>,
+    /// Likewise.
+    pub created: Option<String>,
+    /// The job's folder.
+    pub folder: PathBuf,
+}
+
+mod storage {
+    //! `Storage` by name.
+    use blocklora_spec::Storage;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(storage: &Storage, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match storage {
+            Storage::F16 => "f16",
+            _ => "f32",
+        })
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Storage, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "f32" => Ok(Storage::F32),
+            "f16" => Ok(Storage::F16),
+            other => Err(serde::de::Error::custom(format!("{other:?} is not f32 or f16"))),
+        }
+    }
+}
+
+/// What the worker does.
+pub enum Work {
+    /// Draws.
+    Generate(Box<Generate>),
+    /// Trains.
+    Train(Box<Train>),
+    /// Merges a set once.
+    Merge {
+        /// Id of the model.
+        model: String,
+        /// The set.
+        set: Set,
+        /// The composition's path, for the result.
+        composition: String,
+    },
+    /// Writes a model with a set merged in.
+    Bake {
+        /// Id of the model.
+        model: String,
+        /// The set.
+        set: Set,
+        /// Where the archive goes.
+        out: File,
+    },
+    /// Loads a model.
+    LoadModel {
+        /// Its id.
+        model: String,
+        /// How to hold its weights; none: as configured.
+        precision: Option<Precision>,
+    },
+    /// Reads every file of the library.
+    ValidateLibrary,
+    /// Runs a plugin's conformance tests.
+    ValidatePlugin {
+        /// Its id.
+        id: String,
+        /// 0 to 3.
+        level: u32,
+    },
+    /// Nothing.
+    Empty,
+}
+
+impl Work {
+    /// Its kind in the interface.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Generate(_) => "generate",
+            Self::Train(_) => "train",
+            Self::Merge { .. } => "merge",
+            Self::Bake { .. } => "bake",
+            Self::LoadModel { .. } => "load-model",
+            Self::ValidateLibrary | Self::ValidatePlugin { .. } => "validate",
+            Self::Empty => "empty",
+        }
+    }
+
+    /// What it is about, for people.
+    pub fn description(&self) -> String {
+        match self {
+            Self::Generate(work) => work.prompt.clone(),
+            Self::Train(work) => work.name.clone(),
+            Self::Merge { set, .. } | Self::Bake { set, .. } => {
+                let names: Vec<&str> = set.entries.iter().map(|entry| entry.name.as_str()).collect();
+                names.join(", ")
+            }
+            Self::LoadModel { model, .. } => model.clone(),
+            Self::ValidateLibrary => "library".to_owned(),
+            Self::ValidatePlugin { id, .. } => id.clone(),
+            Self::Empty => String::new(),
+        }
+    }
+
+    /// The model that it needs, if it needs one.
+    pub fn model(&self) -> Option<&str> {
+        match self {
+            Self::Generate(work) => Some(&work.model),
+            Self::Train(work) => Some(&work.model),
+            Self::Merge { model, .. } | Self::Bake { model, .. } | Self::LoadModel { model, .. } => Some(model),
+            Self::ValidateLibrary | Self::ValidatePlugin { .. } | Self::Empty => None,
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! One run of the daemon, from its options to its exit code.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{activation, control, lock, logind, paths, recover};
+use crate::authority::Authority;
+use crate::catalogue::Catalogue;
+use crate::config::{self, Bus, Config};
+use crate::daemon::Daemon;
+use crate::dbus::serve;
+use crate::error::{Error, Kind, Result};
+use crate::jobs::work::Work;
+use crate::jobs::{Lifetime, Owner, Priority, Stop, Ticket};
+use crate::methods::Methods;
+use crate::objects::{Object, path_of};
+use crate::worker;
+
+/// What the command line says.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Configuration files instead of the standard ones.
+    pub config: Vec<PathBuf>,
+    /// Instead of the configured bus.
+    pub bus: Option<Bus>,
+    /// Instead of the configured socket.
+    pub socket: Option<String>,
+    /// Instead of the configured state folder.
+    pub state_dir: Option<String>,
+    /// Instead of the configured time.
+    pub exit_when_idle_sec: Option<u64>,
+}
+
+/// Runs the daemon until it is told to end.
+pub fn run(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
+    raise_limits();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .map_err(|e| Error::io("cannot start", &e))?;
+    let result = runtime.block_on(live(options, methods));
+    // Nothing that still blocks is worth waiting for.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+/// As many open files as the system allows: every kept result is one.
+fn raise_limits() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, most) {
+        tracing::warn!("the limit of open files cannot be raised: {error}");
+    }
+}
+
+fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
+    let user = options.bus != Some(Bus::System);
+    let files = if options.config.is_empty() { config::standard_files(user) } else { options.config.clone() };
+    let mut config = Config::read(&files)?;
+    if let Some(bus) = options.bus {
+        config.daemon.bus = bus;
+    }
+    if let Some(socket) = &options.socket {
+        config.daemon.socket.clone_from(socket);
+    }
+    if let Some(folder) = &options.state_dir {
+        config.daemon.state_dir.clone_from(folder);
+    }
+    if let Some(seconds) = options.exit_when_idle_sec {
+        config.daemon.exit_when_idle_sec = seconds;
+    }
+    Ok((config, files))
+}
+
+async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
+    let (config, files) = read_config(options)?;
+    let bus = config.daemon.bus;
+    let folder = paths::state_dir(&config)?;
+    let made = std::fs::create_dir_all(&folder);
+    if !folder.is_dir() {
+        made.map_err(|e| Error::io(folder.display(), &e))?;
+    }
+    // Held until the end.
+    let _state = lock::folder(&folder, "state folder")?;
+    let catalogue = open_catalogue(&folder)?;
+    let handed = activation::handed_over()?;
+    let path = if handed.is_some() { None } else { paths::socket(&config)? };
+    let mut _device = None;
+    if let Some(folder) = path.as_ref().and_then(|path| path.parent()) {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder.display(), &e))?;
+        _device = Some(lock::file(&folder.join("device-cpu.lock"), "device's lock")?);
+    }
+    let socket = match (handed, path) {
+        (Some(socket), _) => Some(socket),
+        (None, Some(path)) => Some(activation::make(&path, bus == Bus::System)?),
+        (None, None) => None,
+    };
+    if socket.is_none() && bus == Bus::None {
+        return Err(Error::option("neither a bus nor a socket: nobody could reach the daemon"));
+    }
+
+    let load_at_start = config.models.load_at_start;
+    let (daemon, finished) = Daemon::new(config, files, catalogue, methods, Authority::default())?;
+    daemon.add_known_models()?;
+    for method in daemon.methods.list() {
+        daemon.add_object(&path_of("plugin", &method.id), Object::Plugin(method.id.clone()));
+    }
+    if let Err(error) = recover::recover(&daemon) {
+        tracing::error!("what the last daemon left cannot be taken in: {error}");
+    }
+    let worker = worker::start(daemon.clone()).map_err(|e| Error::io("cannot start the worker", &e))?;
+    let control = tokio::spawn(control::run(daemon.clone(), finished));
+
+    let listener = match &socket {
+        Some(socket) => {
+            let listener = socket.listener.try_clone().map_err(|e| Error::io("socket", &e))?;
+            listener.set_nonblocking(true).map_err(|e| Error::io("socket", &e))?;
+            Some(tokio::net::UnixListener::from_std(listener).map_err(|e| Error::io("socket", &e))?)
+        }
+        None => None,
+    };
+    let connection = match serve::on_bus(&daemon, bus).await {
+        Ok(connection) => connection,
+        // Without a desktop there is no session bus; the socket remains.
+        Err(error) if bus == Bus::Session && socket.is_some() && error.kind != Kind::DeviceBusy => {
+            tracing::warn!("{error}; only the socket is served");
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    if let Some(listener) = listener {
+        tokio::spawn(serve::on_socket(daemon.clone(), listener));
+    }
+    follow_sleep(&daemon, bus, connection);
+    if load_at_start {
+        load_default(&daemon);
+    }
+    tracing::info!("ready; state in {}", daemon.catalogue.folder().display());
+    // Without a manager there is nobody to tell.
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+
+    wait_for_end(&daemon).await?;
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    end(&daemon, worker, control).await;
+    Ok(())
+}
+
+fn open_catalogue(folder: &std::path::Path) -> Result<Catalogue> {
+    match Catalogue::open(folder) {
+        Err(error) if matches!(error.kind, Kind::StorageReadOnly | Kind::StorageFull) => {
+            tracing::error!("{error}; nothing will be remembered until the state folder can be written");
+            Catalogue::in_memory(folder)
+        }
+        result => result,
+    }
+}
+
+fn follow_sleep(daemon: &Arc<Daemon>, bus: Bus, connection: Option<zbus::Connection>) {
+    let daemon = daemon.clone();
+    tokio::spawn(async move {
+        let system = match (bus, connection) {
+            (Bus::System, Some(connection)) => Ok(connection),
+            (Bus::None, _) => return,
+            _ => zbus::Connection::system().await,
+        };
+        match system {
+            Ok(connection) => logind::follow(daemon, connection).await,
+            Err(error) => tracing::info!("no system bus, and so no word of the machine's sleep: {error}"),
+        }
+    });
+}
+
+fn load_default(daemon: &Arc<Daemon>) {
+    let owner = Owner { client: String::new(), uid: daemon.uid };
+    let (priority, lifetime) = (Priority::Normal, Lifetime::Daemon);
+    let ticket = Ticket { owner, priority, lifetime, token: None, timeout: None };
+    let queued = match daemon.default_model() {
+        Some(model) => daemon.submit(&ticket, Work::LoadModel { model, precision: None }).map(drop),
+        None => Err(Error::new(Kind::ModelNotFound, "models.load_at_start: there is no model")),
+    };
+    if let Err(error) = queued {
+        tracing::error!("{error}");
+    }
+}
+
+/// Waits for SIGTERM, SIGINT or the daemon's own wish; SIGHUP reads the configuration again.
+async fn wait_for_end(daemon: &Arc<Daemon>) -> Result<()> {
+    let on = |kind| signal(kind).map_err(|e| Error::io("signals", &e));
+    let (mut terminate, mut interrupt, mut hangup) =
+        (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            () = daemon.stop.notified() => break,
+            _ = hangup.recv() => {
+                let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+                let usec = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
+                let _ = sd_notify::notify(&[NotifyState::Reloading, NotifyState::MonotonicUsec(usec)]);
+                let reloading = daemon.clone();
+                match tokio::task::spawn_blocking(move || reloading.reload()).await {
+                    Ok(Ok(())) => tracing::info!("configuration read again"),
+                    Ok(Err(error)) => tracing::error!("the configuration stays as it was: {error}"),
+                    Err(error) => tracing::error!("{error}"),
+                }
+                let _ = sd_notify::notify(&[NotifyState::Ready]);
+            }
+        }
+    }
+    daemon.request_stop();
+    Ok(())
+}
+
+/// Trainings write their checkpoints, drawings may finish, everything else is told that the daemon ends.
+async fn end(daemon: &Arc<Daemon>, worker: std::thread::JoinHandle<()>, control: tokio::task::JoinHandle<()>) {
+    daemon.queue.stop();
+    for job in daemon.queue.remove_all(|_| true) {
+        job.request_stop(Stop::Shutdown);
+        daemon.finish(&job, Err(job.stop_error()), Vec::new());
+    }
+    for job in daemon.running().iter().filter(|job| job.kind == "train") {
+        job.request_stop(Stop::Shutdown);
+    }
+    let patience = Duration::from_secs(daemon.config().daemon.stop_timeout_sec);
+    let since = Instant::now();
+    let mut told = false;
+    while !worker.is_finished() || !daemon.running().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if since.elapsed() >= patience && !told {
+            told = true;
+            daemon.running().iter().for_each(|job| job.request_stop(Stop::Shutdown));
+        }
+        // A step that never ends must not keep the service manager waiting.
+        if since.elapsed() >= patience + Duration::from_secs(5) {
+            tracing::error!("the running step does not end; the daemon ends without it");
+            break;
+        }
+    }
+    if tokio::time::timeout(Duration::from_secs(5), control).await.is_err() {
+        tracing::error!("the control loop does not end");
+    }
+    // What was told last is to arrive.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    daemon.hub.close();
+}

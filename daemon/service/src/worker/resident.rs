@@ -1,0 +1,299 @@
+//! Models in memory, and what is merged into each.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blocklora_engine::bake::baked_concepts;
+use blocklora_engine::merge::strategy::LayerInfo;
+use blocklora_engine::merge::{MergeReport, Merger, Target};
+use blocklora_engine::model::{Component, Model};
+use blocklora_engine::nn::LayerId;
+use blocklora_engine::{Device, text};
+
+use super::cache::Cache;
+use crate::catalogue::models::ModelEntry;
+use crate::config::Precision;
+use crate::daemon::{DEVICE, Daemon};
+use crate::dbus::sets::{check_base, plan_error};
+use crate::error::{Error, Kind, Result};
+use crate::jobs::Job;
+use crate::jobs::work::Set;
+use crate::life::memory;
+
+/// A model in memory.
+struct Resident {
+    model: Arc<Model>,
+    merger: Merger,
+    /// Words built into the model.
+    built_in: Vec<text::Concept>,
+    precision: Precision,
+    bytes: u64,
+    /// Jobs that are at work on it; more than one where one lets others go first.
+    users: usize,
+}
+
+/// All models in memory.
+pub struct Residents {
+    daemon: Arc<Daemon>,
+    models: BTreeMap<String, Resident>,
+    cache: Cache,
+}
+
+impl Residents {
+    /// None.
+    pub fn new(daemon: Arc<Daemon>) -> Self {
+        Self { daemon, models: BTreeMap::new(), cache: Cache::default() }
+    }
+
+    /// Whether the model is in memory.
+    pub fn has(&self, id: &str) -> bool {
+        self.models.contains_key(id)
+    }
+
+    /// Whether another model may be loaded without one having to go that is in use.
+    pub fn has_room(&self) -> bool {
+        self.models.len() < self.daemon.config().models.resident_max || self.models.values().any(|m| m.users == 0)
+    }
+
+    /// Loads the model for a job, if it is not in memory as it is wanted, and keeps it until [`Self::release`].
+    pub fn hold(&mut self, job: &Job, id: &str, precision: Option<Precision>) -> Result<()> {
+        let other = |m: &&mut Resident| precision.is_some_and(|precision| precision != m.precision);
+        if let Some(resident) = self.models.get_mut(id).filter(|m| !other(m)) {
+            resident.users += 1;
+            return Ok(());
+        }
+        if self.has(id) {
+            self.unload(id)?;
+        }
+        let object = self.daemon.model(id)?;
+        job.set_stage("loading-model");
+        self.make_room()?;
+        object.state().state = "loading";
+        self.daemon.touch(&object.object_path());
+        let precision = precision.unwrap_or(self.daemon.config().models.precision);
+        match self.load(id, &object.path, precision) {
+            Ok(resident) => {
+                self.note_loaded(id, &resident);
+                self.models.insert(id.to_owned(), resident);
+                Ok(())
+            }
+            Err(error) => {
+                let mut state = object.state();
+                state.state = if object.path.is_dir() { "failed" } else { "missing" };
+                state.problem = Some(error.clone());
+                drop(state);
+                self.daemon.touch(&object.object_path());
+                Err(error)
+            }
+        }
+    }
+
+    /// A job no longer needs the model.
+    pub fn release(&mut self, id: &str) {
+        if let Some(resident) = self.models.get_mut(id) {
+            resident.users = resident.users.saturating_sub(1);
+            if let Ok(object) = self.daemon.model(id) {
+                object.state().last_used = Some(Instant::now());
+            }
+        }
+        let most = self.daemon.config().models.adapter_cache_bytes;
+        self.cache.shrink(most);
+        self.note_bytes();
+    }
+
+    fn load(&self, id: &str, path: &std::path::Path, precision: Precision) -> Result<Resident> {
+        let fail = |e: blocklora_engine::Error| match Error::from(e) {
+            e if e.kind == Kind::NotSupported => e,
+            e => Error::new(Kind::ModelNotFound, format!("model {id:?}: {}", e.message)),
+        };
+        let files: u64 = Component::ALL.iter().map(|c| folder_bytes(&path.join(c.folder()))).sum();
+        let (_, free) = memory::system();
+        if free > 0 && files > free {
+            let message = format!("model {id:?} needs about {files} bytes of memory, {free} are free");
+            return Err(Error::new(Kind::OutOfDeviceMemory, message));
+        }
+        let model = Model::load(path, &Device::Cpu, precision.dtype()).map_err(fail)?;
+        let target = |(i, info): (usize, &LayerInfo)| Target {
+            info: info.clone(),
+            live: model.live(LayerId(i)).clone(),
+            pristine: model.pristine(LayerId(i)).clone(),
+        };
+        let merger = Merger::new(model.layers().iter().enumerate().map(target).collect()).map_err(fail)?;
+        let built_in = baked_concepts(model.dir()).map_err(fail)?;
+        // The weights as they are held: their number times the size of one.
+        let stored = model.layers().first().map_or(4, |_| model.pristine(LayerId(0)).dtype().size_in_bytes());
+        let bytes = files / stored.max(1) as u64 * precision.dtype().size_in_bytes() as u64;
+        Ok(Resident { model: Arc::new(model), merger, built_in, precision, bytes, users: 1 })
+    }
+
+    fn note_loaded(&self, id: &str, resident: &Resident) {
+        let Ok(object) = self.daemon.model(id) else { return };
+        let model = &resident.model;
+        let (_, height, width) = model.latent_shape();
+        let multiple = model.vae().downscale();
+        let entry = ModelEntry {
+            id: id.to_owned(),
+            path: object.path.clone(),
+            digest: model.digest().to_owned(),
+            architecture: model.architecture(),
+            width: (width * multiple) as u32,
+            height: (height * multiple) as u32,
+            size_multiple: multiple as u32,
+        };
+        {
+            let mut state = object.state();
+            state.digest.clone_from(&entry.digest);
+            state.architecture.clone_from(&entry.architecture);
+            state.size = (entry.width, entry.height);
+            state.size_multiple = entry.size_multiple;
+            (state.state, state.problem) = ("loaded", None);
+            state.loaded = Some((DEVICE.to_owned(), resident.precision, resident.bytes));
+            state.last_used = Some(Instant::now());
+        }
+        self.daemon.touch(&object.object_path());
+        // So that the next daemon knows it before it loads it.
+        if let Err(error) = self.daemon.catalogue.put_model(&entry) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    fn note_bytes(&self) {
+        let cached = self.cache.bytes();
+        for (at, (id, resident)) in self.models.iter().enumerate() {
+            let Ok(object) = self.daemon.model(id) else { continue };
+            if let Some((_, _, bytes)) = &mut object.state().loaded {
+                // The factors are shared; they are counted once.
+                *bytes = resident.bytes + if at == 0 { cached } else { 0 };
+            }
+            self.daemon.touch(&object.object_path());
+        }
+    }
+
+    /// The model, and the words that a prompt with `set` may use.
+    pub fn model(&mut self, id: &str, set: &Set) -> Result<(Arc<Model>, Vec<text::Concept>)> {
+        let resident = self.models.get(id).ok_or_else(|| Error::failed(format!("model {id:?} is not loaded")))?;
+        let (model, mut concepts) = (resident.model.clone(), resident.built_in.clone());
+        for entry in &set.entries {
+            let loaded = self.cache.get(&self.daemon, &entry.digest)?;
+            if concepts.iter().any(|concept| concept.name == loaded.concept.name) {
+                let message = format!("the concept {:?} is built into model {id:?}: leave it out", entry.name);
+                return Err(Error::option(message));
+            }
+            concepts.push(loaded.concept.clone());
+        }
+        Ok((model, concepts))
+    }
+
+    /// How the model's weights are held.
+    pub fn precision(&self, id: &str) -> Option<Precision> {
+        self.models.get(id).map(|resident| resident.precision)
+    }
+
+    /// Makes `set` what is merged into the model, whatever was merged before.
+    pub fn apply(&mut self, id: &str, set: &Set) -> Result<MergeReport> {
+        let resident = self.models.get_mut(id).ok_or_else(|| Error::failed(format!("model {id:?} is not loaded")))?;
+        let strategy = self.daemon.methods.strategy(&set.strategy, &set.strategy_config)?;
+        let (architecture, digest) = (resident.model.architecture(), resident.model.digest());
+        let mut adapters = Vec::with_capacity(set.entries.len());
+        for entry in &set.entries {
+            let loaded = self.cache.get(&self.daemon, &entry.digest)?;
+            check_base(&loaded.entry, id, &architecture, digest)?;
+            adapters.push((loaded.factors.clone(), entry.weight));
+        }
+        resident.merger.apply(&adapters, strategy.as_ref()).map_err(|e| plan_error(&self.daemon, set, e))
+    }
+
+    /// Takes everything out of the model: its bits are the file's again.
+    pub fn take_out(&mut self, id: &str) -> Result<()> {
+        self.apply(id, &Set::default()).map(drop)
+    }
+
+    /// Frees a model's memory.
+    pub fn unload(&mut self, id: &str) -> Result<()> {
+        match self.models.get(id) {
+            None => Ok(()),
+            Some(resident) if resident.users > 0 => {
+                Err(Error::new(Kind::DeviceBusy, format!("a job is at work on model {id:?}; wait for it or cancel it")))
+            }
+            Some(_) => {
+                self.drop_model(id);
+                Ok(())
+            }
+        }
+    }
+
+    fn drop_model(&mut self, id: &str) {
+        self.models.remove(id);
+        if let Ok(object) = self.daemon.model(id) {
+            {
+                let mut state = object.state();
+                (state.state, state.loaded) = ("unloaded", None);
+            }
+            self.daemon.touch(&object.object_path());
+        }
+        tracing::info!("model {id:?}: unloaded");
+    }
+
+    /// Everything out of memory, in use or not.
+    pub fn clear(&mut self) {
+        for id in self.models.keys().cloned().collect::<Vec<_>>() {
+            self.drop_model(&id);
+        }
+        self.cache.shrink(0);
+    }
+
+    /// The model that was used least recently, among those that no job uses.
+    fn oldest(&self) -> Option<String> {
+        let unused = self.models.iter().filter(|(_, resident)| resident.users == 0);
+        let last = |id: &str| self.daemon.model(id).ok().and_then(|object| object.state().last_used);
+        unused.min_by_key(|(id, _)| last(id)).map(|(id, _)| id.clone())
+    }
+
+    /// Makes room for one more model.
+    fn make_room(&mut self) -> Result<()> {
+        while self.models.len() >= self.daemon.config().models.resident_max {
+            let message = "every model that may be in memory is in use (models.resident_max)";
+            let id = self.oldest().ok_or_else(|| Error::new(Kind::DeviceBusy, message))?;
+            self.drop_model(&id);
+        }
+        Ok(())
+    }
+
+    /// Frees factors first, then models that no job uses, until `bytes` are free; 0: all. How many were freed.
+    pub fn reclaim(&mut self, bytes: u64) -> u64 {
+        let wanted = if bytes == 0 { u64::MAX } else { bytes };
+        let mut freed = self.cache.shrink(self.cache.bytes().saturating_sub(wanted));
+        while freed < wanted {
+            let Some(id) = self.oldest() else { break };
+            freed += self.models.get(&id).map_or(0, |resident| resident.bytes);
+            self.drop_model(&id);
+        }
+        self.note_bytes();
+        freed
+    }
+
+    /// Unloads the models whose time is over.
+    pub fn unload_idle(&mut self) {
+        let idle = match self.daemon.idle_unload_usec() {
+            0 => None,
+            usec => Some(Duration::from_micros(usec)),
+        };
+        for id in self.models.keys().cloned().collect::<Vec<_>>() {
+            let Ok(object) = self.daemon.model(&id) else { continue };
+            let unused = object.state().last_used.map(|last| last.elapsed());
+            let over = object.keep_alive(idle).zip(unused).is_some_and(|(keep, unused)| unused >= keep);
+            if over && self.models.get(&id).is_some_and(|resident| resident.users == 0) {
+                self.drop_model(&id);
+                self.cache.shrink(0);
+            }
+        }
+    }
+}
+
+/// Bytes of the weight files in a folder.
+fn folder_bytes(folder: &std::path::Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let weights = entries.flatten().filter(|e| e.path().extension().is_some_and(|e| e == "safetensors"));
+    weights.filter_map(|e| e.metadata().ok()).map(|m| m.len()).max().unwrap_or(0)
+}
