@@ -1,23 +1,27 @@
 //! What the daemon's parts share: configuration, catalogue, queue, objects, and who hears of their changes.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use blocklora_spec::Adapter;
 use tokio::sync::{Notify, mpsc};
 
 use crate::authority::Authority;
 use crate::catalogue::Catalogue;
+use crate::catalogue::adapters::AdapterEntry;
 use crate::catalogue::jobs::JobEntry;
 use crate::config::Config;
 use crate::dbus::signals::Hub;
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::{Limits, Queue};
-use crate::jobs::work::Work;
+use crate::jobs::work::{Train, Work};
 use crate::jobs::{Job, Lifetime, ResultFile, Stop, Ticket, now_usec};
+use crate::memfd;
 use crate::methods::Methods;
 use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
 
@@ -58,6 +62,15 @@ pub struct Daemon {
     /// Wakes whoever waits for the daemon's end.
     pub stop: Notify,
     last_activity: Mutex<Instant>,
+    /// Adapters that clients brought without adding them to the library, by digest.
+    loose: Mutex<HashMap<String, Loose>>,
+}
+
+/// An adapter in memory, for as long as one of its clients is connected.
+struct Loose {
+    file: OwnedFd,
+    entry: AdapterEntry,
+    clients: Vec<String>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -97,6 +110,7 @@ impl Daemon {
             stopping: AtomicBool::new(false),
             stop: Notify::new(),
             last_activity: Mutex::new(Instant::now()),
+            loose: Mutex::default(),
         };
         Ok((Arc::new(daemon), receiver))
     }
@@ -248,7 +262,9 @@ impl Daemon {
             return Err(Error::option("option \"token\": it is in use"));
         }
         let spec = match &work {
-            Work::Train(train) => Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?),
+            Work::Train(train) if ticket.lifetime == Lifetime::Daemon => {
+                Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?)
+            }
             _ => None,
         };
         let job = Arc::new(Job::new(id, path.clone(), ticket, work));
@@ -262,7 +278,7 @@ impl Daemon {
         let limits = Limits { all: jobs.queue_limit, per_client: jobs.queue_limit_per_client };
         if let Err(error) = self.queue.push(job.clone(), limits) {
             self.remove_object(&path);
-            if job.kind == "train" {
+            if job.kind == "train" && job.lifetime == Lifetime::Daemon {
                 self.catalogue.forget_job(&job.id)?;
             }
             return Err(error);
@@ -284,7 +300,29 @@ impl Daemon {
     pub fn stop_job(&self, job: &Arc<Job>, stop: Stop) {
         job.request_stop(stop);
         if self.queue.remove(&job.id).is_some() {
-            self.finish(job, Err(job.stop_error()), Vec::new());
+            self.drop_waiting(job);
+        }
+    }
+
+    /// A job that was taken out of the queue ends without having run.
+    pub fn drop_waiting(&self, job: &Arc<Job>) {
+        let goes_on = job.stop_requested() == Some(Stop::Shutdown) && job.lifetime == Lifetime::Daemon;
+        if let Some(Work::Train(work)) = &*lock(&job.work)
+            && !goes_on
+        {
+            self.forget_training(job, work);
+        }
+        self.finish(job, Err(job.stop_error()), Vec::new());
+    }
+
+    /// What a training leaves when it is over: nothing but the adapter.
+    pub fn forget_training(&self, job: &Job, work: &Train) {
+        let released = work.lease.as_ref().map_or(Ok(()), |lease| self.catalogue.release(lease));
+        if let Err(error) = released.and_then(|()| self.catalogue.forget_job(&job.id)) {
+            tracing::warn!("job {}: {error}", job.id);
+        }
+        if let Err(error) = std::fs::remove_dir_all(&work.folder) {
+            tracing::warn!("{}: {error}", work.folder.display());
         }
     }
 
@@ -304,12 +342,14 @@ impl Daemon {
 
     /// A client has gone: what lived with its connection ends.
     pub fn client_gone(&self, client: &str) {
+        self.drop_loose(client);
         for (path, object) in self.objects() {
             match object {
                 Object::Job(job) if job.owner.client == client && job.lifetime == Lifetime::Connection => {
                     if !job.status(|s| s.state.is_final()) {
                         tracing::info!("job {}: cancelled, because its client {client} has gone", job.id);
-                        self.stop_job(&job, Stop::Discard);
+                        // A training keeps what it has done, for when it is asked for again.
+                        self.stop_job(&job, Stop::Checkpoint);
                     }
                 }
                 Object::Composition(composition)
@@ -318,6 +358,62 @@ impl Daemon {
                     self.remove_object(&path);
                 }
                 _ => {}
+            }
+        }
+    }
+
+    /// Takes an adapter from a client until its connection ends; one that the library has already is that one.
+    pub fn add_loose(&self, fd: impl AsFd, what: &str, client: &str) -> Result<AdapterEntry> {
+        let bytes = memfd::read_client_file(fd, blocklora_spec::limits::FILE_BYTES_MAX, what)?;
+        let file = memfd::sealed("adapter", &bytes)?;
+        let entry = AdapterEntry::of(
+            &Adapter::from_bytes(what, bytes)?,
+            rustix::fs::fstat(&file).map_or(0, |s| s.st_size as u64),
+        );
+        if let Ok(known) = self.catalogue.find_adapter(&entry.digest) {
+            return Ok(known);
+        }
+        let mut loose = lock(&self.loose);
+        let held = loose.entry(entry.digest.clone()).or_insert(Loose { file, entry, clients: Vec::new() });
+        if !held.clients.iter().any(|other| other == client) {
+            held.clients.push(client.to_owned());
+        }
+        Ok(held.entry.clone())
+    }
+
+    /// The adapter that `text` names, in the library or brought by a client.
+    pub fn find_adapter(&self, text: &str) -> Result<AdapterEntry> {
+        if let Some(held) = lock(&self.loose).get(text) {
+            return Ok(held.entry.clone());
+        }
+        self.catalogue.find_adapter(text)
+    }
+
+    /// Opens an adapter of the library or of a client.
+    pub fn open_adapter(&self, digest: &str) -> Result<Adapter> {
+        let held = lock(&self.loose).get(digest).map(|held| held.file.try_clone());
+        match held {
+            Some(file) => {
+                let file = file.map_err(|e| Error::io("adapter", &e))?;
+                // Sealed memory: what is mapped cannot change.
+                Ok(Adapter::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
+            }
+            None => self.catalogue.open_adapter(digest),
+        }
+    }
+
+    fn drop_loose(&self, client: &str) {
+        let mut gone = Vec::new();
+        lock(&self.loose).retain(|digest, held| {
+            held.clients.retain(|other| other != client);
+            if held.clients.is_empty() {
+                gone.push(digest.clone());
+            }
+            !held.clients.is_empty()
+        });
+        for digest in gone {
+            if self.catalogue.find_adapter(&digest).is_err() {
+                self.remove_object(&path_of("adapter", &digest));
             }
         }
     }
@@ -403,7 +499,8 @@ impl Daemon {
     /// Takes the history's entry of finished jobs that are kept no longer out of the objects.
     pub fn expire_jobs(&self) {
         let jobs = self.config().jobs.clone();
-        let mut finished: Vec<Arc<Job>> = self.jobs().into_iter().filter(|j| j.status(|s| s.state.is_final())).collect();
+        let mut finished: Vec<Arc<Job>> =
+            self.jobs().into_iter().filter(|j| j.status(|s| s.state.is_final())).collect();
         finished.sort_by_key(|job| job.status(|s| s.finished_usec));
         let mut bytes: u64 = finished.iter().map(|job| job.result_bytes()).sum();
         let mut count = finished.len();

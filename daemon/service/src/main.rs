@@ -32,9 +32,12 @@ struct Args {
     /// End after this long without clients and jobs [default: as configured]
     #[arg(long, value_name = "SECONDS")]
     exit_when_idle: Option<u64>,
-    /// How much to write to stderr
-    #[arg(long, value_enum, default_value = "info")]
-    log: LogArg,
+    /// Serve only the D-Bus connection on standard input, and end with it: for programs that start a daemon of their own
+    #[arg(long, conflicts_with_all = ["bus", "socket"])]
+    private: bool,
+    /// How much to write to stderr [default: info; with --private: warn]
+    #[arg(long, value_enum)]
+    log: Option<LogArg>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -54,7 +57,8 @@ enum LogArg {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let level = match args.log {
+    let log = args.log.unwrap_or(if args.private { LogArg::Warn } else { LogArg::Info });
+    let level = match log {
         LogArg::Error => tracing::Level::ERROR,
         LogArg::Warn => tracing::Level::WARN,
         LogArg::Info => tracing::Level::INFO,
@@ -72,11 +76,12 @@ fn main() -> ExitCode {
         socket: args.socket,
         state_dir: args.state,
         exit_when_idle_sec: args.exit_when_idle,
+        private: args.private,
     };
     match run(&options, Arc::new(BuiltIn)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error}");
+            eprintln!("blocklorad: {error}");
             ExitCode::FAILURE
         }
     }

@@ -148,11 +148,8 @@ impl Object {
 
     /// All interfaces that it has.
     pub fn interfaces(&self) -> &'static [&'static str] {
-        const STANDARD: [&str; 3] = [
-            "org.freedesktop.DBus.Introspectable",
-            "org.freedesktop.DBus.Peer",
-            "org.freedesktop.DBus.Properties",
-        ];
+        const STANDARD: [&str; 3] =
+            ["org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Peer", "org.freedesktop.DBus.Properties"];
         macro_rules! with {
             ($name:literal $(, $more:literal)*) => {
                 &[concat!("org.blocklora.Daemon1.", $name), STANDARD[0], STANDARD[1], STANDARD[2] $(, $more)*]

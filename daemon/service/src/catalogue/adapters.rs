@@ -254,7 +254,9 @@ impl Catalogue {
         match <[AdapterEntry; 1]>::try_from(found) {
             Ok([entry]) => Ok(entry),
             Err(found) if found.is_empty() => not_found(format!("the library has no adapter {text:?}")),
-            Err(_) => not_found(format!("{text:?} names more than one adapter of the library; give more of the digest")),
+            Err(_) => {
+                not_found(format!("{text:?} names more than one adapter of the library; give more of the digest"))
+            }
         }
     }
 

@@ -66,8 +66,9 @@ impl Catalogue {
         self.with(|c| {
             let transaction = c.transaction()?;
             for job in jobs {
-                transaction.prepare_cached("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?.execute(
-                    params![
+                transaction
+                    .prepare_cached("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?
+                    .execute(params![
                         job.id,
                         job.kind,
                         job.state,
@@ -80,8 +81,7 @@ impl Catalogue {
                         job.error,
                         job.message,
                         job.spec
-                    ],
-                )?;
+                    ])?;
             }
             // What is to go on is never forgotten.
             transaction.execute(

@@ -40,7 +40,8 @@ const MIGRATIONS: [&str; 1] = ["
 
 /// Brings the catalogue to today's version, each step whole or not at all.
 pub fn migrate(connection: &mut Connection) -> Result<()> {
-    let version: usize = connection.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))?.try_into().unwrap_or(usize::MAX);
+    let version: usize =
+        connection.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))?.try_into().unwrap_or(usize::MAX);
     if version > MIGRATIONS.len() {
         return Err(Error::failed(format!(
             "the catalogue has version {version}, this daemon knows {}: install a newer one, or move the catalogue away",
@@ -79,7 +80,8 @@ mod tests {
         // In the way of the last table of the step.
         connection.execute_batch("CREATE TABLE jobs (x)").unwrap();
         migrate(&mut connection).unwrap_err();
-        let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_master WHERE name = 'meta'", [], |r| r.get(0)).unwrap();
+        let tables: i64 =
+            connection.query_row("SELECT count(*) FROM sqlite_master WHERE name = 'meta'", [], |r| r.get(0)).unwrap();
         assert_eq!(tables, 0);
     }
 }

@@ -19,15 +19,13 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, membe
     match member {
         "Inspect" => {
             no_options(call.args::<Dict>()?)?;
-            let opened = call.blocking(move |daemon| daemon.catalogue.open_adapter(&digest)).await?;
+            let opened = call.blocking(move |daemon| daemon.open_adapter(&digest)).await?;
             call.reply(method, &inspect(&opened, adapter)?)
         }
         "Export" => {
             let (format, options): (String, Dict) = call.args()?;
             no_options(options)?;
-            let files = call
-                .blocking(move |daemon| export_files(&daemon.catalogue.open_adapter(&digest)?, &format))
-                .await?;
+            let files = call.blocking(move |daemon| export_files(&daemon.open_adapter(&digest)?, &format)).await?;
             call.reply(method, &files)
         }
         "Unregister" => {

@@ -94,8 +94,12 @@ pub async fn answer(call: Call) -> Answer {
     let named = header.interface().map(|i| i.to_string());
     drop(header);
     if path == bus_api::PATH && call.caller.is_on_socket() {
-        let interfaces = ["org.freedesktop.DBus", "org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Peer",
-            "org.freedesktop.DBus.Properties"];
+        let interfaces = [
+            "org.freedesktop.DBus",
+            "org.freedesktop.DBus.Introspectable",
+            "org.freedesktop.DBus.Peer",
+            "org.freedesktop.DBus.Properties",
+        ];
         let (interface, method) = find(&call, &interfaces, named.as_deref(), &member, &path)?;
         return match interface {
             "org.freedesktop.DBus" => bus_api::answer(&call, &member, method),
@@ -104,7 +108,13 @@ pub async fn answer(call: Call) -> Answer {
     }
     let object = call.daemon.object(&path);
     let own = object.as_ref().map_or(&standard::NODE_INTERFACES[..], Object::interfaces);
-    if object.is_none() && path != "/" && call.daemon.children(&path).is_empty() && !is_ping(named.as_deref()) {
+    let to_bus = path == "/org/freedesktop" && call.caller.is_on_socket();
+    if object.is_none()
+        && path != "/"
+        && !to_bus
+        && call.daemon.children(&path).is_empty()
+        && !is_ping(named.as_deref())
+    {
         return Err(Refusal::bus("UnknownObject", format!("there is no object {path}")));
     }
     let (interface, method) = find(&call, own, named.as_deref(), &member, &path)?;

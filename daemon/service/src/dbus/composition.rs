@@ -131,7 +131,7 @@ fn explain(daemon: &Daemon, set: &Set, with_layers: bool) -> Result<Dict> {
     let factors = load_factors(daemon, set)?;
     let factors: Vec<_> = factors.iter().map(|factors| &**factors).collect();
     let report = conflicts::conflicts(&factors)?;
-    let known = set.entries.iter().map(|e| daemon.catalogue.find_adapter(&e.digest)).collect::<Result<Vec<_>>>()?;
+    let known = set.entries.iter().map(|e| daemon.find_adapter(&e.digest)).collect::<Result<Vec<_>>>()?;
     let pair = |p: &conflicts::Pair| {
         (p.one as u32, p.other as u32, p.cosine, p.sign_conflicts, u32::try_from(p.shared_rows).unwrap_or(u32::MAX))
     };

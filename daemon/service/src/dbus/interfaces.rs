@@ -105,9 +105,7 @@ fn parse(xml: &str) -> Vec<Interface> {
         } else if element.starts_with("<arg") {
             let signature = attribute(element, "type").unwrap_or_default();
             match (current.methods.get_mut(&member), current.signals.get_mut(&member)) {
-                (Some(method), _) if attribute(element, "direction") == Some("out") => {
-                    method.gives.push_str(signature)
-                }
+                (Some(method), _) if attribute(element, "direction") == Some("out") => method.gives.push_str(signature),
                 (Some(method), _) => method.takes.push_str(signature),
                 (None, Some(arguments)) => arguments.push_str(signature),
                 (None, None) => {}

@@ -16,7 +16,7 @@ use crate::catalogue::leases::{Holder, SlotEntry};
 use crate::catalogue::models::ModelEntry;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
-use crate::jobs::Job;
+use crate::jobs::{Job, Lifetime};
 use crate::objects::{AdapterObject, ModelObject, ModelState, Object, object_path, partition_dict, path_of};
 
 /// Entries of one page.
@@ -29,15 +29,23 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
             let (file, options): (OwnedFd, Dict) = call.args()?;
             let mut options = Options::new(options);
             let name = options.string("file_name")?.unwrap_or_else(|| "the adapter".to_owned());
+            let lifetime = options.string("lifetime")?;
+            let lifetime = lifetime.map_or(Ok(Lifetime::Daemon), |text| Lifetime::from_name("lifetime", &text))?;
             options.finish()?;
-            call.authorize("manage-models").await?;
-            let entry = call.blocking(move |daemon| daemon.catalogue.import(file, &name)).await?;
+            let entry = if lifetime == Lifetime::Connection {
+                call.authorize("generate").await?;
+                let client = call.caller.client.clone();
+                call.blocking(move |daemon| daemon.add_loose(file, &name, &client)).await?
+            } else {
+                call.authorize("manage-models").await?;
+                call.blocking(move |daemon| daemon.catalogue.import(file, &name)).await?
+            };
             call.reply(method, &object_path(&show(&call.daemon, entry)))
         }
         "OpenAdapter" => {
             let (text, options): (String, Dict) = call.args()?;
             no_options(options)?;
-            let entry = call.blocking(move |daemon| daemon.catalogue.find_adapter(&text)).await?;
+            let entry = call.blocking(move |daemon| daemon.find_adapter(&text)).await?;
             call.reply(method, &object_path(&show(&call.daemon, entry)))
         }
         "QueryLibrary" => {

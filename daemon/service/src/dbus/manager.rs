@@ -160,7 +160,8 @@ fn check_size(daemon: &Daemon, work: &Generate) -> Result<()> {
     }
     let most = daemon.config().limits.picture_pixels_max;
     if (width as u64).saturating_mul(height as u64) > most {
-        let message = format!("{width} x {height} pixels are more than the {most} that limits.picture_pixels_max allows");
+        let message =
+            format!("{width} x {height} pixels are more than the {most} that limits.picture_pixels_max allows");
         return Err(Error::new(Kind::NotSupported, message));
     }
     Ok(())
@@ -240,7 +241,8 @@ async fn reclaim(call: &Call, method: &Method) -> Answer {
 /// The partition that `options` describe.
 pub fn partition_of(mut options: Options) -> Result<Partition> {
     let scheme = options.string("scheme")?;
-    let unknown = |name: &str| Error::option(format!("partition: scheme {name:?} is not contiguous, strided or permuted"));
+    let unknown =
+        |name: &str| Error::option(format!("partition: scheme {name:?} is not contiguous, strided or permuted"));
     let scheme = scheme.map(|name| scheme_from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
     let partition = Partition {
         scheme: scheme.unwrap_or(PARTITION.scheme),
@@ -481,5 +483,4 @@ impl Daemon {
         };
         self.submit_as(id, &ticket, Work::Train(Box::new(work)))
     }
-
 }

@@ -280,7 +280,9 @@ impl Peer {
                 return Err(fail(error.into()));
             }
         };
-        let uid = credentials.unix_user_id().ok_or_else(|| Error::failed(format!("the bus does not know {sender}'s user")))?;
+        let uid = credentials
+            .unix_user_id()
+            .ok_or_else(|| Error::failed(format!("the bus does not know {sender}'s user")))?;
         let found = (uid, credentials.process_id().unwrap_or(0));
         lock(&self.callers).insert(sender.to_owned(), found);
         Ok(found)

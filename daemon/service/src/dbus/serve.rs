@@ -83,6 +83,12 @@ pub async fn on_socket(daemon: Arc<Daemon>, listener: UnixListener) {
     }
 }
 
+/// Serves one connection until it ends.
+pub async fn one(daemon: Arc<Daemon>, stream: std::os::unix::net::UnixStream) -> Result<()> {
+    let stream = UnixStream::from_std(stream).map_err(|e| Error::io("connection", &e))?;
+    serve_client(daemon, stream, Guid::generate().into()).await
+}
+
 async fn serve_client(daemon: Arc<Daemon>, stream: UnixStream, guid: zbus::OwnedGuid) -> Result<()> {
     let credentials = stream.peer_cred().map_err(|e| Error::io("credentials of a client", &e))?;
     let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);

@@ -32,7 +32,7 @@ pub async fn entries_of(call: &Call, list: Vec<(String, Options)>) -> Result<Vec
         options.finish().map_err(|e| e.context(format!("adapters[{index}]")))?;
         let known = match (call.daemon.object(&path), text) {
             (Some(Object::Adapter(adapter)), None) => adapter.entry.clone(),
-            (_, Some(text)) if path == "/" => call.blocking(move |d| d.catalogue.find_adapter(&text)).await?,
+            (_, Some(text)) if path == "/" => call.blocking(move |d| d.find_adapter(&text)).await?,
             (_, None) if path == "/" => {
                 return Err(Error::option(format!("adapters[{index}]: give an object or the key \"digest\"")));
             }
@@ -62,11 +62,13 @@ pub fn set_of(
     for (index, (entry, known)) in entries.iter().enumerate() {
         for (other, _) in &entries[..index] {
             if other.digest == entry.digest {
-                let message = format!("adapter {:?} is given twice; give it once, with the sum of the weights", entry.name);
+                let message =
+                    format!("adapter {:?} is given twice; give it once, with the sum of the weights", entry.name);
                 return Err(Error::option(message));
             }
             if other.name == entry.name {
-                let message = format!("two adapters are called {:?}, so that a prompt cannot tell them apart", entry.name);
+                let message =
+                    format!("two adapters are called {:?}, so that a prompt cannot tell them apart", entry.name);
                 return Err(Error::option(message));
             }
         }
@@ -137,7 +139,7 @@ impl AdapterView for View<'_> {
 
 /// The factors of every adapter of a set, in its order.
 pub fn load_factors(daemon: &Daemon, set: &Set) -> Result<Vec<Arc<AdapterFactors>>> {
-    let load = |entry: &Entry| Ok(Arc::new(AdapterFactors::from_adapter(&daemon.catalogue.open_adapter(&entry.digest)?)?));
+    let load = |entry: &Entry| Ok(Arc::new(AdapterFactors::from_adapter(&daemon.open_adapter(&entry.digest)?)?));
     set.entries.iter().map(load).collect()
 }
 
@@ -166,7 +168,7 @@ pub fn check_plan(daemon: &Daemon, set: &Set) -> Result<()> {
 pub fn plan_error(daemon: &Daemon, set: &Set, error: blocklora_engine::Error) -> Error {
     let error = Error::from(error);
     let known: Vec<AdapterEntry> =
-        set.entries.iter().filter_map(|entry| daemon.catalogue.find_adapter(&entry.digest).ok()).collect();
+        set.entries.iter().filter_map(|entry| daemon.find_adapter(&entry.digest).ok()).collect();
     let clashes = clashes(&known);
     if error.kind == Kind::IncompatibleArchitecture && !clashes.is_empty() {
         return Error { kind: Kind::SlotConflict, ..error };

@@ -129,4 +129,3 @@ fn machine_id() -> Option<String> {
     let id = paths.iter().find_map(|path| std::fs::read_to_string(path).ok())?;
     Some(id.trim().to_owned()).filter(|id| !id.is_empty())
 }
-

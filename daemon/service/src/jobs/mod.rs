@@ -44,7 +44,8 @@ impl Priority {
     /// The priority called `name`.
     pub fn from_name(name: &str) -> Result<Self> {
         let all = [Self::Background, Self::Normal, Self::Interactive];
-        let unknown = || Error::option(format!("option \"priority\": {name:?} is not interactive, normal or background"));
+        let unknown =
+            || Error::option(format!("option \"priority\": {name:?} is not interactive, normal or background"));
         all.into_iter().find(|p| p.name() == name).ok_or_else(unknown)
     }
 }

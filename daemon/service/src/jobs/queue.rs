@@ -153,8 +153,7 @@ impl Queue {
             if let Some(job) = inner.take(|_| true) {
                 return Next::Job(job);
             }
-            let (guard, timeout) =
-                self.changed.wait_timeout(inner, patience).unwrap_or_else(PoisonError::into_inner);
+            let (guard, timeout) = self.changed.wait_timeout(inner, patience).unwrap_or_else(PoisonError::into_inner);
             inner = guard;
             if timeout.timed_out() {
                 return Next::Idle;
@@ -244,13 +243,18 @@ mod tests {
     fn clients_take_turns_and_interactive_jobs_go_first() {
         let queue = Queue::default();
         use Priority::{Background, Interactive, Normal};
-        for (id, client, priority) in
-            [("a", "x", Normal), ("b", "x", Normal), ("c", "x", Background), ("d", "y", Normal), ("e", "z", Interactive)]
-        {
+        for (id, client, priority) in [
+            ("a", "x", Normal),
+            ("b", "x", Normal),
+            ("c", "x", Background),
+            ("d", "y", Normal),
+            ("e", "z", Interactive),
+        ] {
             queue.push(job(id, client, priority), LIMITS).unwrap();
         }
         queue.update_positions();
-        let positions: String = queue.lock().order().iter().map(|j| format!("{}{}", j.id, j.status(|s| s.queue_position))).collect();
+        let positions: String =
+            queue.lock().order().iter().map(|j| format!("{}{}", j.id, j.status(|s| s.queue_position))).collect();
         assert_eq!(positions, "e1a2d3b4c5");
         assert_eq!(drain(&queue), "eadbc");
         // z was served before x and y.

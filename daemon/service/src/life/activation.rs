@@ -1,8 +1,11 @@
 //! The socket: handed over by systemd, or made here.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, fstat};
 
 use crate::error::{Error, Kind, Result};
 
@@ -35,6 +38,19 @@ pub fn handed_over() -> Result<Option<Socket>> {
     Ok(listener.map(|listener| Socket { listener, made: None }))
 }
 
+/// The connection that whoever started this process gave it as standard input.
+pub fn standard_input() -> Result<UnixStream> {
+    let fail = |e: std::io::Error| Error::io("standard input", &e);
+    let fd = std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?;
+    let kind = FileType::from_raw_mode(fstat(&fd).map_err(|e| fail(e.into()))?.st_mode);
+    if kind != FileType::Socket {
+        return Err(Error::option("standard input is not a socket: --private is for programs that start a daemon"));
+    }
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(true).map_err(fail)?;
+    Ok(stream)
+}
+
 /// Makes the socket `path`. One that a daemon left behind is replaced; one that somebody listens on is not.
 pub fn make(path: &Path, shared: bool) -> Result<Socket> {
     let io = |e: std::io::Error| Error::io(path.display(), &e);
@@ -43,11 +59,13 @@ pub fn make(path: &Path, shared: bool) -> Result<Socket> {
     }
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
-            let message = format!("{}: something that is not a socket is there; remove it, or set daemon.socket", path.display());
+            let message =
+                format!("{}: something that is not a socket is there; remove it, or set daemon.socket", path.display());
             return Err(Error::new(Kind::Failed, message));
         }
         if UnixStream::connect(path).is_ok() {
-            let message = format!("{}: somebody listens on this socket already; stop it, or set daemon.socket", path.display());
+            let message =
+                format!("{}: somebody listens on this socket already; stop it, or set daemon.socket", path.display());
             return Err(Error::new(Kind::DeviceBusy, message));
         }
         std::fs::remove_file(path).map_err(io)?;

@@ -89,7 +89,7 @@ fn announce(daemon: &Daemon, job: &Arc<Job>) {
 /// Jobs that wait longer than their time.
 fn stop_overdue(daemon: &Daemon) {
     for job in daemon.queue.remove_all(|job| job.stop_requested() == Some(Stop::TimedOut)) {
-        daemon.finish(&job, Err(job.stop_error()), Vec::new());
+        daemon.drop_waiting(&job);
     }
 }
 

@@ -27,7 +27,8 @@ fn lock(file: File, path: &Path, what: &str) -> Result<Lock> {
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(Lock(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => {
-            let message = format!("{}: another blocklorad uses this {what}; stop it first, or give another one", path.display());
+            let message =
+                format!("{}: another blocklorad uses this {what}; stop it first, or give another one", path.display());
             Err(Error::new(Kind::DeviceBusy, message))
         }
         Err(e) => Err(Error::io(path.display(), &e.into())),

@@ -50,7 +50,8 @@ pub fn recover(daemon: &Arc<Daemon>) -> Result<()> {
 fn go_on(daemon: &Arc<Daemon>, entry: &JobEntry) -> Result<()> {
     let ended = || Error::new(Kind::ShuttingDown, "the daemon ended before the job had finished");
     let spec = entry.spec.as_deref().filter(|_| entry.kind == "train").ok_or_else(ended)?;
-    let work: Train = serde_json::from_str(spec).map_err(|e| Error::failed(format!("what it needs is damaged: {e}")))?;
+    let work: Train =
+        serde_json::from_str(spec).map_err(|e| Error::failed(format!("what it needs is damaged: {e}")))?;
     if !work.folder.is_dir() {
         return Err(Error::failed(format!("{}: its folder is missing", work.folder.display())));
     }

@@ -33,6 +33,8 @@ pub struct Options {
     pub state_dir: Option<String>,
     /// Instead of the configured time.
     pub exit_when_idle_sec: Option<u64>,
+    /// Serve only the connection on standard input, and end with it.
+    pub private: bool,
 }
 
 /// Runs the daemon until it is told to end.
@@ -68,6 +70,9 @@ fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
     if let Some(bus) = options.bus {
         config.daemon.bus = bus;
     }
+    if options.private {
+        (config.daemon.bus, config.daemon.socket) = (Bus::None, "none".to_owned());
+    }
     if let Some(socket) = &options.socket {
         config.daemon.socket.clone_from(socket);
     }
@@ -91,7 +96,7 @@ async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
     // Held until the end.
     let _state = lock::folder(&folder, "state folder")?;
     let catalogue = open_catalogue(&folder)?;
-    let handed = activation::handed_over()?;
+    let handed = if options.private { None } else { activation::handed_over()? };
     let path = if handed.is_some() { None } else { paths::socket(&config)? };
     let mut _device = None;
     if let Some(folder) = path.as_ref().and_then(|path| path.parent()) {
@@ -103,7 +108,7 @@ async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
         (None, Some(path)) => Some(activation::make(&path, bus == Bus::System)?),
         (None, None) => None,
     };
-    if socket.is_none() && bus == Bus::None {
+    if socket.is_none() && bus == Bus::None && !options.private {
         return Err(Error::option("neither a bus nor a socket: nobody could reach the daemon"));
     }
 
@@ -138,6 +143,16 @@ async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
     };
     if let Some(listener) = listener {
         tokio::spawn(serve::on_socket(daemon.clone(), listener));
+    }
+    if options.private {
+        let stream = activation::standard_input()?;
+        let served = daemon.clone();
+        tokio::spawn(async move {
+            if let Err(error) = serve::one(served.clone(), stream).await {
+                tracing::error!("{error}");
+            }
+            served.request_stop();
+        });
     }
     follow_sleep(&daemon, bus, connection);
     if load_at_start {
@@ -224,10 +239,11 @@ async fn end(daemon: &Arc<Daemon>, worker: std::thread::JoinHandle<()>, control:
     daemon.queue.stop();
     for job in daemon.queue.remove_all(|_| true) {
         job.request_stop(Stop::Shutdown);
-        daemon.finish(&job, Err(job.stop_error()), Vec::new());
+        daemon.drop_waiting(&job);
     }
     for job in daemon.running().iter().filter(|job| job.kind == "train") {
-        job.request_stop(Stop::Shutdown);
+        // What lives with its connection is not continued by the next daemon, but by the next call.
+        job.request_stop(if job.lifetime == Lifetime::Daemon { Stop::Shutdown } else { Stop::Checkpoint });
     }
     let patience = Duration::from_secs(daemon.config().daemon.stop_timeout_sec);
     let since = Instant::now();

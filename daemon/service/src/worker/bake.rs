@@ -27,7 +27,8 @@ impl Worker {
         job.set_stage("merging");
         let folder = self.daemon.catalogue.folder().join("tmp");
         std::fs::create_dir_all(&folder).map_err(|e| Error::io(folder.display(), &e))?;
-        let folder = tempfile::Builder::new().prefix("bake-").tempdir_in(&folder).map_err(|e| Error::io("state", &e))?;
+        let folder =
+            tempfile::Builder::new().prefix("bake-").tempdir_in(&folder).map_err(|e| Error::io("state", &e))?;
         let target = folder.path().join("model");
         let report = if self.residents.precision(id) == Some(Precision::F32) {
             let report = self.residents.apply(id, set)?;

@@ -50,7 +50,7 @@ impl Cache {
         let found = self.list.iter().position(|loaded| loaded.entry.digest == digest);
         let loaded = match found {
             Some(at) => self.list.remove(at),
-            None => Arc::new(Loaded::new(&daemon.catalogue.open_adapter(digest)?)?),
+            None => Arc::new(Loaded::new(&daemon.open_adapter(digest)?)?),
         };
         self.list.push(loaded.clone());
         Ok(loaded)

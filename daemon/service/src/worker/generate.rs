@@ -112,7 +112,8 @@ impl Worker {
         let bytes = pixels.saturating_mul(6).saturating_mul(count as u64);
         if bytes > config.jobs.results_keep_bytes {
             let most = config.jobs.results_keep_bytes;
-            let message = format!("{count} pictures take {bytes} bytes, jobs.results_keep_bytes is {most}; ask for fewer");
+            let message =
+                format!("{count} pictures take {bytes} bytes, jobs.results_keep_bytes is {most}; ask for fewer");
             return Err(Error::new(Kind::NotSupported, message));
         }
         Ok(())

@@ -19,7 +19,7 @@ use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Result};
 use crate::jobs::queue::{Control, Next};
 use crate::jobs::work::{Set, Work};
-use crate::jobs::{Job, ResultFile, Stop};
+use crate::jobs::{Job, Lifetime, ResultFile, Stop};
 use resident::Residents;
 
 /// How often the worker looks for models to unload when nothing else happens.
@@ -189,6 +189,13 @@ fn settle(daemon: &Arc<Daemon>, job: &Arc<Job>, outcome: Outcome) {
         Ok((details, files)) => daemon.finish(job, Ok(details), files),
         Err(error) => daemon.finish(job, Err(error), Vec::new()),
     }
+    if job.kind == "train" && !survives(job) {
+        // At once, so that the next daemon does not train again what is done.
+        let entry = crate::catalogue::jobs::JobEntry::of(job);
+        if let Err(error) = daemon.catalogue.put_jobs(&[entry], daemon.config().jobs.history_max) {
+            tracing::error!("job {}: {error}", job.id);
+        }
+    }
 }
 
 /// Microseconds that a merge took.
@@ -203,5 +210,5 @@ fn usec_since(start: Instant) -> u64 {
 
 /// Whether a training goes on in the next daemon.
 fn survives(job: &Job) -> bool {
-    job.stop_requested() == Some(Stop::Shutdown)
+    job.stop_requested() == Some(Stop::Shutdown) && job.lifetime == Lifetime::Daemon
 }

@@ -23,7 +23,7 @@ impl Worker {
     pub(super) fn train(&mut self, job: &Arc<Job>, work: &Train) -> Outcome {
         let start = Instant::now();
         let output = work.folder.join("adapter.safetensors");
-        let result = self.train_to(job, work, &output).and_then(|trained| {
+        let result = self.train_to(job, work, &output).and_then(|(trained, resumed_at)| {
             job.set_stage("writing");
             let bytes = std::fs::read(&output).map_err(|e| Error::io(output.display(), &e))?;
             let entry = self.daemon.catalogue.import_bytes(bytes, &work.name)?;
@@ -36,6 +36,7 @@ impl Worker {
                 ("name", own(entry.name.clone())),
                 ("parameters", own(trained)),
                 ("steps", own(job.status(|s| s.step.1))),
+                ("resumed_at", own(resumed_at)),
                 ("usec", own(usec_since(start))),
             ]);
             if let Some(partition) = &work.partition {
@@ -50,31 +51,20 @@ impl Worker {
             Ok((details, vec![ResultFile { fd: fd.into(), size: 0, format: "", info }]))
         });
         if !survives(job) {
-            self.clean_up(work);
+            self.daemon.forget_training(job, work);
         }
         result
     }
 
-    /// What a training leaves when it is over: nothing but the adapter.
-    fn clean_up(&self, work: &Train) {
-        if let Some(lease) = &work.lease
-            && let Err(error) = self.daemon.catalogue.release(lease)
-        {
-            tracing::warn!("{error}");
-        }
-        if let Err(error) = std::fs::remove_dir_all(&work.folder) {
-            tracing::warn!("{}: {error}", work.folder.display());
-        }
-    }
-
-    /// Trains until the file is there; the number of trained values.
-    fn train_to(&mut self, job: &Arc<Job>, work: &Train, output: &Path) -> Result<u64> {
+    /// Trains until the file is there; the number of trained values, and the step that it continued from.
+    fn train_to(&mut self, job: &Arc<Job>, work: &Train, output: &Path) -> Result<(u64, u32)> {
         if output.is_file() {
             // The last daemon ended between writing and registering it.
             let adapter = Adapter::open(output)?;
             let count = |l: &blocklora_spec::LayerFactors| (l.rank * (l.columns + l.rows.len())) as u64;
             let words: u64 = adapter.tokens().iter().map(|t| t.values.len() as u64).sum();
-            return Ok(adapter.layers().iter().map(count).sum::<u64>() + words);
+            let trained = adapter.layers().iter().map(count).sum::<u64>() + words;
+            return Ok((trained, u32::try_from(adapter.manifest().training.steps).unwrap_or(u32::MAX)));
         }
         let concept = Concept { name: work.name.clone(), class_word: work.class_word.clone(), kind: work.kind };
         let training = self.daemon.methods.trainer(&work.trainer, &work.config, &concept, work.partition)?;
@@ -102,8 +92,9 @@ impl Worker {
         self.residents.take_out(&work.model)?;
         job.set_stage("training");
         let restore = Restore { model: &work.model, set: &pristine };
-        let mut failure = None;
+        let (mut failure, mut resumed_at) = (None, None);
         let mut progress = |p: Progress| {
+            resumed_at.get_or_insert(p.step.saturating_sub(1) as u32);
             job.set_step(p.step as u32, p.steps as u32, Some(p.loss));
             self.pause(job, &restore).map_err(|error| {
                 failure = Some(error);
@@ -119,7 +110,7 @@ impl Worker {
             (Err(error @ EngineError::Io { .. }), _) => Err(error.into()),
             (_, Some(error)) => Err(error),
             (Err(error), None) => Err(error.into()),
-            (Ok(report), None) => Ok(report.parameters as u64),
+            (Ok(report), None) => Ok((report.parameters as u64, resumed_at.unwrap_or(0))),
         }
     }
 
