@@ -1,8 +1,9 @@
 """Writes golden/samplers.json: the latents after every step of diffusers' schedulers on Gaussian data.
 
 The data are N(mean_i, deviation_i^2) in each of 8 coordinates, so the best noise prediction is known exactly:
-eps(z, t) = sigma_t (z - alpha_t mean) / (alpha_t^2 deviation^2 + sigma_t^2). daemon/engine/tests/samplers.rs runs the
-same denoiser with the same noise. Latents are given in the variance-preserving scaling.
+eps(z, t) = sigma_t (z - alpha_t mean) / (alpha_t^2 deviation^2 + sigma_t^2). blocklora_sdk::testing::check_sampler runs
+the same denoiser with the same noise. Latents are given in the variance-preserving scaling; all start from the same
+latents there, whatever the scheduler's init_noise_sigma.
 
     python tests/parity/make_sampler_golden.py
 """
@@ -11,8 +12,16 @@ import json
 import pathlib
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_module
+from diffusers.schedulers import scheduling_lcm as lcm_module
 
 torch.set_num_threads(1)
 STEPS, N = 20, 8
@@ -27,8 +36,14 @@ NOISE = torch.randn(STEPS, N, generator=generator)
 
 
 def predict(scheduler, z, t):
-    alpha_cumprod = scheduler.alphas_cumprod[int(t)].double()
-    alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+    # Between two timesteps the logarithm of sigma / alpha is interpolated.
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    log_ratios = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod)
+    low, part = int(t), float(t) - int(t)
+    high = min(low + 1, len(log_ratios) - 1)
+    ratio = torch.exp((1 - part) * log_ratios[low] + part * log_ratios[high])
+    alpha = 1 / (ratio**2 + 1).sqrt()
+    sigma = ratio * alpha
     z = z.double()
     return (sigma * (z - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2)).float()
 
@@ -49,6 +64,51 @@ def dpmpp_2m(steps=STEPS, **config):
     scheduler.set_timesteps(steps)
     z, latents = START.clone(), []
     for t in scheduler.timesteps:
+        z = scheduler.step(predict(scheduler, z, t), t, z).prev_sample
+        latents.append(z)
+    return latents
+
+
+def dpmpp_2m_sde(steps=STEPS, **config):
+    config = {**STABLE_DIFFUSION, "timestep_spacing": "leading", **config}
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **config)
+    scheduler.set_timesteps(steps)
+    z, latents = START.clone(), []
+    for i, t in enumerate(scheduler.timesteps):
+        z = scheduler.step(predict(scheduler, z, t), t, z, variance_noise=NOISE[i]).prev_sample
+        latents.append(z)
+    return latents
+
+
+def euler(**config):
+    scheduler = EulerDiscreteScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": "leading", **config})
+    scheduler.set_timesteps(STEPS)
+    x, latents = START * (scheduler.sigmas[0] ** 2 + 1) ** 0.5, []
+    for i, t in enumerate(scheduler.timesteps):
+        z = scheduler.scale_model_input(x, t)
+        x = scheduler.step(predict(scheduler, z, t), t, x).prev_sample
+        latents.append(x / (scheduler.sigmas[i + 1] ** 2 + 1) ** 0.5)
+    return latents
+
+
+def heun(steps=STEPS, **config):
+    scheduler = HeunDiscreteScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": "leading", **config})
+    scheduler.set_timesteps(steps)
+    x, latents = START * (scheduler.sigmas[0] ** 2 + 1) ** 0.5, []
+    for t in scheduler.timesteps:
+        z = scheduler.scale_model_input(x, t)
+        x = scheduler.step(predict(scheduler, z, t), t, x).prev_sample
+        if scheduler.state_in_first_order or len(latents) == steps - 1:
+            latents.append(x / (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5)
+    return latents
+
+
+def lcm(steps=STEPS, **config):
+    scheduler = LCMScheduler(**{**STABLE_DIFFUSION, **config})
+    scheduler.set_timesteps(steps)
+    z, latents = START.clone(), []
+    for i, t in enumerate(scheduler.timesteps):
+        lcm_module.randn_tensor = lambda *_args, **_kwargs: NOISE[i]
         z = scheduler.step(predict(scheduler, z, t), t, z).prev_sample
         latents.append(z)
     return latents
@@ -75,7 +135,23 @@ RUNS = {
     "dpmpp-2m linspace": dpmpp_2m(timestep_spacing="linspace"),
     "dpmpp-2m trailing": dpmpp_2m(timestep_spacing="trailing"),
     "dpmpp-2m-karras": dpmpp_2m(use_karras_sigmas=True),
+    "dpmpp-2m-sde": dpmpp_2m_sde(),
+    "dpmpp-2m-sde 9 steps": dpmpp_2m_sde(9),
+    "dpmpp-2m-sde trailing": dpmpp_2m_sde(timestep_spacing="trailing"),
+    "dpmpp-2m-sde-karras": dpmpp_2m_sde(use_karras_sigmas=True),
+    "euler": euler(),
+    "euler linspace": euler(timestep_spacing="linspace"),
+    "euler trailing": euler(timestep_spacing="trailing"),
+    "euler-karras": euler(use_karras_sigmas=True),
+    "heun": heun(),
+    "heun 9 steps": heun(9),
+    "heun linspace": heun(timestep_spacing="linspace"),
+    "heun-karras": heun(use_karras_sigmas=True),
+    "lcm": lcm(),
+    "lcm 4 steps": lcm(4),
+    "lcm 20 of 30": lcm(original_inference_steps=30),
     "euler-a": euler_a(),
+    "euler-a linspace": euler_a(timestep_spacing="linspace"),
     "euler-a trailing": euler_a(timestep_spacing="trailing"),
 }
 

@@ -1,39 +1,31 @@
-//! DDIM equals diffusers' DDIMScheduler after every step (tests/parity/make_sampler_golden.py).
+//! Equals diffusers' DDIMScheduler after every step (tests/parity/make_sampler_golden.py), and converges as it should.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 
-use blocklora_sdk::sample::Sampler;
-use blocklora_sdk::testing::{Gaussian, SamplerGolden, check_sampler};
+use blocklora_sdk::sample::NoiseSchedule;
+use blocklora_sdk::testing::{SamplerGolden, check_sampler, check_sampler_contract, moment_error};
 use sample_ddim::Ddim;
-
-fn golden() -> SamplerGolden {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/samplers.json");
-    SamplerGolden::open(Path::new(path)).unwrap()
-}
 
 #[test]
 fn equals_diffusers() {
-    let golden = golden();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/samplers.json");
+    let golden = SamplerGolden::open(Path::new(path)).unwrap();
     check_sampler(&golden, "ddim", &Ddim::default(), |_| ()).unwrap();
     check_sampler(&golden, "ddim alpha-to-one", &Ddim::default(), |s| s.set_alpha_to_one = true).unwrap();
     check_sampler(&golden, "ddim eta", &Ddim { eta: 1.0 }, |_| ()).unwrap();
 }
 
 #[test]
-fn a_cancelled_run_ends_within_the_step() {
-    let golden = golden();
-    let mut denoiser = Gaussian::new(golden.mean.clone(), golden.deviation.clone()).unwrap();
-    denoiser.cancel_after = Some(3);
-    let error = Ddim::default().sample(&mut denoiser, &mut golden.start.clone(), 20).unwrap_err();
-    assert!(error.is_cancelled());
-    assert_eq!((denoiser.latents.len(), denoiser.predictions), (4, 4));
+fn keeps_the_samplers_contract() {
+    check_sampler_contract(&Ddim::default()).unwrap();
+    check_sampler_contract(&Ddim { eta: 1.0 }).unwrap();
 }
 
 #[test]
-fn steps_that_the_schedule_lacks_are_named() {
-    let golden = golden();
-    let mut denoiser = Gaussian::new(golden.mean.clone(), golden.deviation.clone()).unwrap();
-    let error = Ddim::default().sample(&mut denoiser, &mut golden.start.clone(), 1001).unwrap_err();
-    assert!(error.message.starts_with("steps = 1001: must be 1 to 1000"), "{error}");
+fn converges_at_first_order() {
+    let schedule = NoiseSchedule::scaled_linear(0.00085, 0.012, 1024).unwrap();
+    let error = |steps| moment_error(&Ddim::default(), &schedule, steps).unwrap();
+    let order = (error(32) / error(64)).log2();
+    assert!((0.8..1.3).contains(&order), "{order}");
 }

@@ -1,8 +1,10 @@
 //! The manifest: a TOML file beside the library that says what it is, so that listing plugins loads none.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// What a plugin does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -74,6 +76,10 @@ pub struct Manifest {
     /// The laws that a merge strategy keeps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub laws: Vec<Law>,
+    /// Other names that users know the method by, each with the settings that it stands for: `dpmpp-2m-karras = { karras
+    /// = true }`. What a user sets beside such a name comes on top. Unique among the ids of its kind, too.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub aliases: BTreeMap<String, Value>,
 }
 
 impl Manifest {
@@ -90,11 +96,20 @@ impl Manifest {
 
     /// Checks every field for itself; the reason names the field and what is allowed.
     pub fn check(&self) -> Result<(), String> {
-        let id_ok = self.id.len() <= 64
-            && self.id.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-            && self.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        if !id_ok {
+        if !is_id(&self.id) {
             return Err(format!("id = {:?}: must be 1 to 64 lower-case letters, digits and '-'", self.id));
+        }
+        for (alias, settings) in &self.aliases {
+            if !is_id(alias) || *alias == self.id {
+                return Err(format!(
+                    "aliases: {alias:?} must be another id: 1 to 64 lower-case letters, digits and '-'"
+                ));
+            }
+            if !settings.is_object() {
+                return Err(format!(
+                    "aliases.{alias} = {settings}: must be a table of settings, such as {{ karras = true }}"
+                ));
+            }
         }
         if self.abi().is_none() {
             return Err(format!("abi = {:?}: must be major.minor, such as \"1.0\"", self.abi));
@@ -116,5 +131,48 @@ impl Manifest {
             return Err("laws: only merge strategies have them".into());
         }
         Ok(())
+    }
+}
+
+fn is_id(id: &str) -> bool {
+    id.len() <= 64
+        && id.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+
+    use super::*;
+
+    fn manifest(key: &str, value: Value) -> Result<(), String> {
+        let mut json = json!({
+            "id": "heun", "kind": "sample", "version": "0.1.0", "abi": "1.0", "library": "libheun.so",
+            "summary": "Heun's method", "licence": "MIT", "memory_mib": 64,
+        });
+        json[key] = value;
+        serde_json::from_value::<Manifest>(json).map_err(|e| e.to_string())?.check()
+    }
+
+    #[test]
+    fn every_wrong_field_is_named() {
+        manifest("aliases", json!({"heun-karras": {"karras": true}})).unwrap();
+        for (key, value) in [
+            ("id", json!("Heun")),
+            ("abi", json!("1")),
+            ("library", json!("../libheun.so")),
+            ("version", json!("")),
+            ("summary", json!("two\nlines")),
+            ("memory_mib", json!(0)),
+            ("laws", json!(["order"])),
+            ("aliases", json!({"heun": {}})),
+            ("aliases", json!({"heun-karras": true})),
+            ("colour", json!("red")),
+        ] {
+            let error = manifest(key, value.clone()).unwrap_err();
+            assert!(error.contains(key), "{key} = {value}: {error}");
+        }
     }
 }

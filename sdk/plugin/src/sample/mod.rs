@@ -1,9 +1,9 @@
 //! Samplers: a sampler drives its own loop on a [`Denoiser`].
 
-mod karras;
+mod levels;
 mod schedule;
 
-pub use karras::{karras_sigmas, timestep_of_sigma};
+pub use levels::{NoiseLevel, karras_sigmas, multistep_noise_levels, noise_levels, timestep_of_sigma};
 pub use schedule::{NoiseSchedule, TimestepSpacing};
 
 use crate::config::Config;

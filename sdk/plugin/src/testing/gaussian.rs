@@ -24,6 +24,10 @@ pub struct Gaussian {
     pub latents: Vec<Vec<f32>>,
     /// How many predictions were asked for.
     pub predictions: usize,
+    /// The timestep of each.
+    pub timesteps: Vec<f32>,
+    /// Which prediction (from 0) is NaN, if any.
+    pub nan_at: Option<usize>,
     /// After which step (from 0) the caller cancels.
     pub cancel_after: Option<usize>,
 }
@@ -47,6 +51,8 @@ impl Gaussian {
             noise: Vec::new(),
             latents: Vec::new(),
             predictions: 0,
+            timesteps: Vec::new(),
+            nan_at: None,
             cancel_after: None,
         })
     }
@@ -72,11 +78,15 @@ impl Denoiser for Gaussian {
     }
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()> {
         self.predictions += 1;
+        self.timesteps.push(timestep);
         let (alpha, sigma) = alpha_sigma(&self.schedule, timestep);
         let data = self.mean.iter().zip(&self.deviation);
         for ((eps, z), (mean, deviation)) in eps.iter_mut().zip(latents).zip(data) {
             let variance = alpha * alpha * deviation * deviation + sigma * sigma;
             *eps = (sigma * (*z as f64 - alpha * mean) / variance) as f32;
+        }
+        if self.nan_at == Some(self.predictions - 1) {
+            eps.fill(f32::NAN);
         }
         Ok(())
     }
