@@ -86,7 +86,9 @@ pub fn draw(
         let request = settings.request(first, &session.concepts);
         generate_batch(&session.model, &request, &prompts_and_seeds, &mut step_done)
     };
-    let pictures = jobs.par_chunks(batch.max(1)).map(draw_some).collect::<Result<Vec<_>, _>>();
+    // Few pictures are shared out among the threads rather than left to one.
+    let batch = batch.min(jobs.len().div_ceil(rayon::current_num_threads())).max(1);
+    let pictures = jobs.par_chunks(batch).map(draw_some).collect::<Result<Vec<_>, _>>();
     pictures.map(|p| p.into_iter().flatten().collect()).map_err(|e| match e {
         Error::NotFinite { .. } => anyhow::Error::new(e).context("lower the concepts' weights or --guidance"),
         e => e.into(),

@@ -33,6 +33,23 @@ impl Scores {
             identity: mean(|s| s.identity),
         })
     }
+
+    /// The standard error of each mean: the standard deviation over `scores` by the root of their number; none of
+    /// fewer than two.
+    pub fn standard_error<'a>(scores: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let scores: Vec<&Self> = scores.into_iter().collect();
+        let n = scores.len() as f64;
+        let error = |of: fn(&Self) -> f32| {
+            let mean = scores.iter().map(|s| f64::from(of(s))).sum::<f64>() / n;
+            let squares = scores.iter().map(|s| (f64::from(of(s)) - mean).powi(2)).sum::<f64>();
+            (squares / (n - 1.0) / n).sqrt() as f32
+        };
+        (scores.len() > 1).then(|| Self {
+            image_alignment: error(|s| s.image_alignment),
+            text_alignment: error(|s| s.text_alignment),
+            identity: error(|s| s.identity),
+        })
+    }
 }
 
 /// A CLIP model that knows the concepts' real pictures.
@@ -65,17 +82,28 @@ impl Judge {
         })
     }
 
-    /// Scores `pictures` of `entry`, each drawn from the prompt at its place.
+    /// Scores `pictures` of `entry`, each drawn from the prompt at its place: the mean over them.
     pub fn score(&self, entry: &Entry, prompts: &[&str], pictures: &[Picture]) -> anyhow::Result<Scores> {
+        let each = self.score_each(entry, prompts, pictures)?;
+        Scores::mean(&each).with_context(|| format!("there are no pictures of {:?} to score", entry.name))
+    }
+
+    /// The scores of each of `pictures` of `entry`, drawn from the prompt at its place.
+    pub fn score_each(&self, entry: &Entry, prompts: &[&str], pictures: &[Picture]) -> anyhow::Result<Vec<Scores>> {
         let real = self.real.get(&entry.name).with_context(|| format!("no pictures of {:?}", entry.name))?;
         let drawn = self.clip.image_features(pictures)?;
         let class = |name: &str| self.classes.get(name).map(String::as_str);
         let texts = prompts.iter().map(|p| prior_text(p, &self.text_prefix, class)).collect::<Result<Vec<_>, _>>()?;
         let index = self.identities.names().iter().position(|n| *n == entry.name).unwrap_or(usize::MAX);
-        Ok(Scores {
-            image_alignment: image_alignment(real, &drawn)?,
-            text_alignment: text_alignment(&self.clip.text_features(&texts)?, &drawn)?,
-            identity: self.identities.accuracy(index, &drawn)?,
-        })
+        let texts = self.clip.text_features(&texts)?;
+        let one = |(text, drawn): (&Feature, &Feature)| {
+            let drawn = std::slice::from_ref(drawn);
+            Ok(Scores {
+                image_alignment: image_alignment(real, drawn)?,
+                text_alignment: text_alignment(std::slice::from_ref(text), drawn)?,
+                identity: self.identities.accuracy(index, drawn)?,
+            })
+        };
+        texts.iter().zip(&drawn).map(one).collect()
     }
 }

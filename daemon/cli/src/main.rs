@@ -13,6 +13,7 @@ mod progress;
 mod table;
 
 mod concepts;
+mod crosstalk;
 mod draw;
 mod judge;
 mod session;

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Context;
+use blocklora_engine::image::Picture;
+use blocklora_engine::merge::strategy::{AdapterView, LayerInfo, MergeStrategy, Plan};
 use blocklora_engine::score::PAPER_PREFIX;
 use clap::ValueEnum;
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::args::{self, Clash, MergeArgs, ModelArgs, SamplingArgs, Strategy};
@@ -15,7 +18,7 @@ use crate::draw::{self, Job};
 use crate::judge::{Judge, Scores};
 use crate::session::{self, Session};
 use crate::table::Table;
-use crate::{base, output, progress};
+use crate::{base, crosstalk, output, progress};
 
 /// Score concepts alone and merged: image alignment, text alignment, identity
 ///
@@ -52,10 +55,38 @@ pub struct Args {
     /// Print JSON, with the scores of every concept
     #[arg(long)]
     json: bool,
+    /// Print instead how strongly other concepts' rows answer to a concept's input: ||dW_j X_i|| / ||dW_i X_i||
+    #[arg(long)]
+    cross_talk: bool,
+    /// Weight of every merged adapter; 1 is as trained, 0 leaves only its words
+    #[arg(long, value_name = "W", default_value_t = 1.0, allow_negative_numbers = true)]
+    weight: f32,
+    /// Merge only into layers whose name starts with PREFIX (unet. or text_encoder.): what each part does to a picture
+    #[arg(long, value_name = "PREFIX", default_value = "")]
+    layers: String,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     model: ModelArgs,
+}
+
+/// A strategy on the layers whose name starts with `prefix`; the others stay as they are in the file.
+struct OnlyLayers<'a> {
+    prefix: &'a str,
+    strategy: &'a dyn MergeStrategy,
+}
+
+impl MergeStrategy for OnlyLayers<'_> {
+    fn id(&self) -> &'static str {
+        self.strategy.id()
+    }
+
+    fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> blocklora_engine::Result<Plan> {
+        let mut plan = self.strategy.plan(layers, adapters)?;
+        let others = plan.iter_mut().zip(layers).filter(|(_, layer)| !layer.name.starts_with(self.prefix));
+        others.for_each(|(terms, _)| terms.clear());
+        Ok(plan)
+    }
 }
 
 /// A folder of adapters and how to merge them.
@@ -83,7 +114,11 @@ struct Row {
     merged: usize,
     /// Mean over concepts.
     mean: Scores,
+    /// Standard error of the mean, over all pictures.
+    standard_error: Option<Scores>,
     concepts: BTreeMap<String, Scores>,
+    /// Every picture's scores: the same prompts and seeds in every row, so that rows can be compared picture by picture.
+    pictures: BTreeMap<String, Vec<Scores>>,
 }
 
 /// What was asked, beside the results.
@@ -97,6 +132,8 @@ struct Json<'a> {
     guidance: f32,
     sampler: &'a str,
     seed: u64,
+    weight: f32,
+    layers: &'a str,
     text_prefix: &'a str,
     rows: &'a [Row],
 }
@@ -111,6 +148,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let sets = if args.set.is_empty() { vec![bundled_set()?] } else { args.set.clone() };
     for set in &sets {
         args::adapters_in(&set.folder)?;
+    }
+    if args.cross_talk {
+        return cross_talk(args, &sets, &concepts);
     }
     let mut rows = Vec::new();
     let judge = Judge::open(&clip, &concepts, &args.text_prefix)?;
@@ -135,12 +175,30 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             guidance: args.sampling.guidance,
             sampler: &args.sampling.sampler,
             seed: args.sampling.seed,
+            weight: args.weight,
+            layers: &args.layers,
             text_prefix: &args.text_prefix,
             rows: &rows,
         });
     }
     output::print(&table(&rows).to_string())?;
     Ok(())
+}
+
+/// Prints the cross-talk of every set.
+fn cross_talk(args: &Args, sets: &[Set], concepts: &Concepts) -> anyhow::Result<()> {
+    let mut rows = Vec::new();
+    for set in sets {
+        let mut session = Session::new(session::open_model(&args.model)?, &args::adapters_in(&set.folder)?)?;
+        let entries = entries_of(&session, concepts)?;
+        let strategy = session::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean });
+        let merge = |session: &mut Session, i: usize| session.merge(&[(i, args.weight)], strategy.as_ref()).map(drop);
+        rows.push((set.folder.display().to_string(), crosstalk::measure(&mut session, concepts, &entries, merge)?));
+    }
+    if args.json {
+        return output::print_json(&rows);
+    }
+    Ok(output::print(&crosstalk::table(&rows).to_string())?)
 }
 
 fn bundled_set() -> anyhow::Result<Set> {
@@ -181,26 +239,68 @@ fn score_one(
 ) -> anyhow::Result<Row> {
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
     let merge = session::strategy(&MergeArgs { strategy, on_clash: Clash::Mean });
+    let merge = OnlyLayers { prefix: &args.layers, strategy: merge.as_ref() };
     let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
     let pictures: usize = jobs.iter().map(Vec::len).sum();
     let bar = progress::bar("drawing", pictures * settings.steps);
     bar.set_message(format!("{} {}, {size} merged", set.folder.display(), name_of(strategy)));
-    let mut scores = BTreeMap::new();
-    for (i, (entry, jobs)) in entries.iter().zip(&jobs).enumerate() {
-        let merged: Vec<(usize, f32)> = (0..size).map(|k| ((i + k) % entries.len(), 1.0)).collect();
-        session.merge(&merged, merge.as_ref())?;
-        let pictures = draw::draw(session, jobs, &settings, settings.batch(), &bar)?;
-        let prompts: Vec<&str> = jobs.iter().map(|j| j.prompt.as_str()).collect();
-        scores.insert(entry.name.clone(), judge.score(entry, &prompts, &pictures)?);
-    }
+    let drawn = if size == entries.len() {
+        draw_together(session, &jobs, &settings, args.weight, &merge, &bar)?
+    } else {
+        draw_apart(session, &jobs, &settings, size, args.weight, &merge, &bar)?
+    };
     bar.finish_and_clear();
+    let mut pictures = BTreeMap::new();
+    for ((entry, jobs), drawn) in entries.iter().zip(&jobs).zip(&drawn) {
+        let prompts: Vec<&str> = jobs.iter().map(|j| j.prompt.as_str()).collect();
+        pictures.insert(entry.name.clone(), judge.score_each(entry, &prompts, drawn)?);
+    }
+    let none = "there are no adapters to score";
+    let mean = |(name, each): (&String, &Vec<Scores>)| Ok((name.clone(), Scores::mean(each).context(none)?));
+    let scores: BTreeMap<String, Scores> = pictures.iter().map(mean).collect::<anyhow::Result<_>>()?;
     Ok(Row {
         set: set.folder.clone(),
         strategy: name_of(strategy),
         merged: size,
-        mean: Scores::mean(scores.values()).context("there are no adapters to score")?,
+        mean: Scores::mean(scores.values()).context(none)?,
+        standard_error: Scores::standard_error(pictures.values().flatten()),
         concepts: scores,
+        pictures,
     })
+}
+
+/// The pictures of each concept's jobs, drawn with all concepts merged: one composition, so all jobs in one go.
+fn draw_together(
+    session: &mut Session,
+    jobs: &[Vec<Job>],
+    settings: &draw::Settings,
+    weight: f32,
+    merge: &dyn MergeStrategy,
+    bar: &ProgressBar,
+) -> anyhow::Result<Vec<Vec<Picture>>> {
+    let merged: Vec<(usize, f32)> = (0..jobs.len()).map(|i| (i, weight)).collect();
+    session.merge(&merged, merge)?;
+    let mut drawn = draw::draw(session, &jobs.concat(), settings, settings.batch(), bar)?.into_iter();
+    Ok(jobs.iter().map(|jobs| drawn.by_ref().take(jobs.len()).collect()).collect())
+}
+
+/// The pictures of each concept's jobs, drawn with it and the `size - 1` concepts that follow it merged.
+fn draw_apart(
+    session: &mut Session,
+    jobs: &[Vec<Job>],
+    settings: &draw::Settings,
+    size: usize,
+    weight: f32,
+    merge: &dyn MergeStrategy,
+    bar: &ProgressBar,
+) -> anyhow::Result<Vec<Vec<Picture>>> {
+    let count = jobs.len();
+    let mut draw_one = |(i, jobs): (usize, &Vec<Job>)| {
+        let merged: Vec<(usize, f32)> = (0..size).map(|k| ((i + k) % count, weight)).collect();
+        session.merge(&merged, merge)?;
+        draw::draw(session, jobs, settings, settings.batch(), bar)
+    };
+    jobs.iter().enumerate().map(&mut draw_one).collect()
 }
 
 fn jobs_of(args: &Args, entry: &Entry) -> Vec<Job> {
@@ -224,14 +324,23 @@ fn name_of(strategy: Strategy) -> String {
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new(["adapters", "strategy", "merged", "image", "text", "identity"]);
     for row in rows {
-        let Scores { image_alignment, text_alignment, identity } = row.mean;
+        let mean = row.mean;
+        let shown = |value: f32, error: Option<f32>| match error {
+            Some(error) => format!("{value:.4} ± {error:.4}"),
+            None => format!("{value:.4}"),
+        };
+        let error = row.standard_error;
+        let identity = match error {
+            Some(e) => format!("{:.1} ± {:.1} %", 100.0 * mean.identity, 100.0 * e.identity),
+            None => format!("{:.1} %", 100.0 * mean.identity),
+        };
         table.row([
             row.set.display().to_string(),
             if row.merged == 1 { "(alone)".to_owned() } else { row.strategy.clone() },
             row.merged.to_string(),
-            format!("{image_alignment:.4}"),
-            format!("{text_alignment:.4}"),
-            format!("{:.1} %", 100.0 * identity),
+            shown(mean.image_alignment, error.map(|e| e.image_alignment)),
+            shown(mean.text_alignment, error.map(|e| e.text_alignment)),
+            identity,
         ]);
     }
     table

@@ -119,6 +119,11 @@ impl Session {
         Ok(Self { model, adapters, concepts, factors, merger })
     }
 
+    /// The adapters' factors, in the order of the adapters.
+    pub fn factors(&self) -> impl Iterator<Item = &AdapterFactors> {
+        self.factors.iter().map(Arc::as_ref)
+    }
+
     /// Makes the adapters with these positions and weights the composition, whatever was merged before.
     pub fn merge(&mut self, set: &[(usize, f32)], strategy: &dyn MergeStrategy) -> anyhow::Result<MergeReport> {
         let set = set.iter().map(|&(i, weight)| {

@@ -64,7 +64,59 @@ fn score_compares_strategies_and_sizes() {
             let score = mean[score].as_f64().unwrap();
             assert!((0.0..=largest).contains(&score), "{row}");
         }
+        // Two concepts of two pictures each, and the error of their mean.
+        let pictures: Vec<f64> = (row["pictures"].as_object().unwrap().values())
+            .flat_map(|each| each.as_array().unwrap())
+            .map(|p| p["image_alignment"].as_f64().unwrap())
+            .collect();
+        assert_eq!(pictures.len(), 4);
+        let mean = pictures.iter().sum::<f64>() / 4.0;
+        let deviation = (pictures.iter().map(|p| (p - mean).powi(2)).sum::<f64>() / 3.0).sqrt();
+        assert!((row["mean"]["image_alignment"].as_f64().unwrap() - mean).abs() < 1e-5, "{row}");
+        let error = row["standard_error"]["image_alignment"].as_f64().unwrap();
+        assert!((error - deviation / 2.0).abs() < 1e-5, "{row}");
     }
     let table = succeeds(["score", "--set", text(path), "--prompts", "1", "--sizes", "2", "--steps", "1"]);
     assert_eq!(table.lines().count(), 2, "{table}");
+}
+
+#[test]
+fn score_can_leave_out_the_weights_or_a_part_of_the_model() {
+    let folder = temporary();
+    let path = folder.path();
+    adapters(path);
+    let score = |options: &[&str]| {
+        let args = ["score", "--set", text(path), "--prompts", "1", "--sizes", "1,2", "--steps", "2", "--json"];
+        let said: serde_json::Value = serde_json::from_str(&succeeds([&args[..], options].concat())).unwrap();
+        [0, 1].map(|i| said["rows"][i]["mean"].clone())
+    };
+    let [alone, merged] = score(&[]);
+    assert_ne!(alone, merged);
+    // Only the words are left, and another concept's words change nothing.
+    let [alone_words, merged_words] = score(&["--weight", "0"]);
+    assert_eq!(alone_words, merged_words);
+    assert_ne!(alone_words, alone);
+    let [unet, _] = score(&["--layers", "unet."]);
+    let [nothing, _] = score(&["--layers", "nowhere"]);
+    assert_eq!(nothing, alone_words);
+    assert_ne!(unet, nothing);
+}
+
+#[test]
+fn cross_talk_is_what_other_rows_answer() {
+    let folder = temporary();
+    let path = folder.path();
+    adapters(path);
+    let said = succeeds(["score", "--set", text(path), "--cross-talk", "--json"]);
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let parts = said[0][1].as_array().unwrap();
+    assert!(!parts.is_empty());
+    for part in parts {
+        let number = |key: &str| part[key].as_f64().unwrap();
+        assert!(number("own") > 0.0 && number("another") > 0.0, "{part}");
+        // There is one other concept.
+        assert!((number("another") - number("all_others")).abs() < 1e-9, "{part}");
+    }
+    let table = succeeds(["score", "--set", text(path), "--cross-talk"]);
+    assert_eq!(table.lines().count(), 1 + parts.len(), "{table}");
 }

@@ -3,6 +3,7 @@
 
     python build.py cpu.toml --work ~/starter-work --output ..        everything
     python build.py cpu.toml --work ... --output ... --stages unet,export,score
+    python build.py cpu.toml --work ... --output ... --from FOLDER    trains a finished folder's UNet and scorer further
     python build.py --smoke --work /tmp/smoke                         the whole pipeline in minutes
 
 A stage that is done is not done again (work/<name>.done); the training stages go on from their checkpoints.
@@ -63,7 +64,7 @@ def ranks(cfg, arguments, work):
     wait([start(arguments, r, world, **extra) for r in range(world)])
 
 
-def run_stage(name, cfg, work, output, art_folder):
+def run_stage(name, cfg, work, output, art_folder, start_folder):
     """One stage, in this process."""
     if name == "fetch":
         import art
@@ -71,6 +72,9 @@ def run_stage(name, cfg, work, output, art_folder):
     elif name == "compose":
         import compose
         compose.run(cfg, work, art_folder, os.cpu_count())
+    elif name == "from":
+        import onward
+        onward.run(work, start_folder)
     elif name == "tokenizer":
         import tokenizer
         tokenizer.run(cfg, work)
@@ -105,6 +109,9 @@ def orchestrate(stages, cfg, options, work, output):
     common = [str(options.config), "--work", str(work), "--output", str(output), "--art", str(options.art)]
     if options.until:
         common += ["--until", options.until]
+    if options.start:
+        common += ["--from", str(options.start)]
+        stages = ["from", *stages]
     done = lambda name: work / f"{name}.done"
     for name in stages:
         if done(name).exists():
@@ -135,6 +142,7 @@ def main():
     parser.add_argument("--output", type=Path, help="folder that gets model/, clip/, concepts/, sheets/, scores.json")
     parser.add_argument("--stages", help="only these, separated by commas, even if done: " + ",".join(STAGES))
     parser.add_argument("--until", help="end the UNet's training at this time of the day, HH:MM")
+    parser.add_argument("--from", dest="start", type=Path, help="go on from the model/ and clip/ in this folder")
     parser.add_argument("--smoke", action="store_true", help="smoke.toml: everything, tiny")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,12 +155,16 @@ def main():
     ensure_environment(work)
     sys.path.insert(0, str(HERE))
     cfg = tomllib.loads(options.config.read_text())
+    if options.start:
+        import onward
+        options.start = options.start.resolve()
+        onward.configure(cfg)
     if options.until:
         now = datetime.datetime.now()
         end = now.replace(hour=int(options.until[:2]), minute=int(options.until[3:]), second=0)
         cfg["unet"]["ends_at"] = (end if end > now else end + datetime.timedelta(days=1)).timestamp()
     if options.one:
-        run_stage(options.one, cfg, work, output, options.art)
+        run_stage(options.one, cfg, work, output, options.art, options.start)
         return
     stages = options.stages.split(",") if options.stages else STAGES
     for name in stages if options.stages else []:

@@ -104,24 +104,26 @@ class EMA:
 
 def budget(section, spent):
     """Seconds of wall time a stage may take in all: `seconds`, or up to the moment `ends_at` (a time stamp)."""
-    return spent + max(1, section["ends_at"] - time.time()) if "ends_at" in section else section["seconds"]
+    return spent + max(1, section["ends_at"] - time.time()) if "ends_at" in section else section.get("seconds")
 
 
 class Clock:
-    """The training budget in seconds of wall time. The learning rate warms up over some steps, then falls as a cosine to zero."""
+    """How far a training stage is: by its `steps` if they are given, which makes it the same on any machine, else by
+    wall time. The learning rate warms up over some steps, then falls as a cosine to zero."""
 
-    def __init__(self, seconds, warmup, spent=0.0):
-        self.start, self.seconds, self.warmup = time.time() - spent, seconds, warmup
+    def __init__(self, section, warmup, spent=0.0):
+        self.start, self.seconds, self.steps = time.time() - spent, budget(section, spent), section.get("steps")
+        self.warmup = warmup
 
     def spent(self):
         return time.time() - self.start
 
-    def fraction(self):
-        return min(1.0, self.spent() / self.seconds)
+    def fraction(self, step):
+        return min(1.0, step / self.steps if self.steps else self.spent() / self.seconds)
 
     def factor(self, step, fraction=None):
-        f = self.fraction() if fraction is None else fraction
+        f = self.fraction(step) if fraction is None else fraction
         return min(1.0, (step + 1) / self.warmup) * (.005 + .995 * .5 * (1 + math.cos(math.pi * f)))
 
-    def over(self):
-        return self.spent() > self.seconds
+    def over(self, step):
+        return self.fraction(step) >= 1

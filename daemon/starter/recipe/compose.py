@@ -64,21 +64,21 @@ def _load(out):
 
 
 def _chunk(job):
-    out, seed, count, size, held = job
+    out, seed, count, size, held, counts = job
     sprites, table = _load(out)
     rng = random.Random(seed)
     images, captions, metas = np.empty((count, size, size, 3), np.uint8), [], []
     for i in range(count):
-        image, caption, meta = world.sample(rng, sprites, table, size, held)
+        image, caption, meta = world.sample(rng, sprites, table, size, held, counts)
         images[i] = np.asarray(image)
         captions.append(caption)
         metas.append(meta)
     return images, captions, metas
 
 
-def compose(out, count, size, seed, held=False, processes=1):
+def compose(out, count, size, seed, held=False, counts=world.COUNTS, processes=1):
     """`count` pictures; the same seed gives the same pictures however many processes there are."""
-    jobs = [(str(out), seed + i, min(CHUNK, count - i * CHUNK), size, held)
+    jobs = [(str(out), seed + i, min(CHUNK, count - i * CHUNK), size, held, counts)
             for i in range((count + CHUNK - 1) // CHUNK)]
     with Pool(processes) as pool:
         parts = pool.map(_chunk, jobs, 1)
@@ -90,7 +90,8 @@ def run(cfg, out, art_folder, processes):
     table = save_sprites(sprites, out)
     save_extras(sprites, table, cfg["size"], out, cfg.get("extras"))
     write_json(out / "trained_digests.json", sprites.digests)
-    images, captions, metas = compose(out, cfg["pool"], cfg["size"], 1000, processes=processes)
+    images, captions, metas = compose(out, cfg["pool"], cfg["size"], cfg.get("pool_seed", 1000), counts=cfg.get("counts", world.COUNTS),
+                                      processes=processes)
     np.save(out / "pool.npy", images)
     write_json(out / "pool.json", {"captions": captions, "metas": metas}, None)
     images, captions, metas = compose(out, cfg["val"], cfg["size"], 900000, held=True, processes=processes)

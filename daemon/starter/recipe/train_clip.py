@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+import onward
 import world
-from common import DEVICE, Clock, autocast, budget, log, pixels, read_json, save_atomically, write_json
+from common import DEVICE, Clock, autocast, log, pixels, read_json, save_atomically, write_json
 from tokenizer import ids
 
 NOUN_TEMPLATES = ["a picture of {}", "{}"]
@@ -92,7 +93,9 @@ def run(cfg, out, name="clip"):
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
     model = build(cfg, tokenizer)
-    if name == "scorer":
+    if name == "scorer" and (out / "scorer_from").exists():
+        model.load_state_dict(CLIPModel.from_pretrained(out / "scorer_from").state_dict())
+    elif name == "scorer":
         model.load_state_dict(torch.load(out / "clip_state.pt", map_location="cpu")["model"])
         keep_words_apart(model.text_model, *c["embedding_gain"])
     model.to(DEVICE)
@@ -114,13 +117,13 @@ def run(cfg, out, name="clip"):
     val, val_meta = np.load(out / "val.npy"), read_json(out / "val.json")["metas"]
     one = [i for i, m in enumerate(val_meta) if len(m["n"]) == 1][:300]
     truth = [val_meta[i]["n"][0] for i in one]
-    rng, clock, sums, last, t0, first = np.random.default_rng(step), Clock(budget(c, spent), 100, spent), [], time.time(), time.time(), step
+    rng, clock, sums, last, t0, first = np.random.default_rng(step), Clock(c, 100, spent), [], time.time(), time.time(), step
     few = c["batch"] // 4
 
     def state():
         return {"model": model.state_dict(), "optimizer": opt.state_dict(), "step": step, "spent": clock.spent()}
 
-    while not clock.over():
+    while not clock.over(step):
         for g in opt.param_groups:
             g["lr"] = c["lr"] * clock.factor(step)
         j = np.sort(rng.choice(len(pool), c["batch"] - few, False))
@@ -179,7 +182,8 @@ def run(cfg, out, name="clip"):
     model.save_pretrained(out / name)
     if name == "clip":
         save_text_encoder(cfg, out, model)
-    result = {"noun_top1": top1, "noun_top5": top5, "steps": step, "samples": step * c["batch"]}
+    steps, samples = onward.before(out, name)
+    result = {"noun_top1": top1, "noun_top5": top5, "steps": steps + step, "samples": samples + step * c["batch"]}
     write_json(out / f"{name}.json", result)
     print(result)
 

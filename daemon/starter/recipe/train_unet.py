@@ -13,7 +13,8 @@ import torch.distributed as dist
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from common import DEVICE, EMA, RANK, WORLD, Clock, autocast, budget, log, save_atomically, write_json
+import onward
+from common import DEVICE, EMA, RANK, WORLD, Clock, autocast, log, save_atomically, write_json
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
 
@@ -69,9 +70,9 @@ def average(params):
         at += p.numel()
 
 
-def agree(clock, flag):
+def agree(clock, step, flag):
     """-> fraction of the budget, whether to stop, whether to save: the same on every process."""
-    t = torch.tensor([clock.fraction(), float(clock.over() or flag.exists())])
+    t = torch.tensor([clock.fraction(step), float(clock.over(step) or flag.exists())])
     if WORLD > 1:
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
     return t[0].item(), t[1].item() > 0
@@ -87,10 +88,12 @@ def run(cfg, out, resume=True):
     model = build(u, latents.shape[1], width, latents.shape[2]).to(DEVICE, memory_format=torch.channels_last)
     if DEVICE == "cpu":
         model.set_attn_processor(AttnProcessor())    # the fused CPU kernel's backward is slow on short sequences
+    state_path, step, samples, spent = out / f"unet_state_{RANK}.pt", 0, 0, 0.0
+    if (out / "unet_from").exists():
+        model.load_state_dict(UNet2DConditionModel.from_pretrained(out / "unet_from").state_dict())
     params = list(model.parameters())
     ema = EMA(model, u["ema"])
     opt = torch.optim.AdamW(params, u["lr"], weight_decay=.01, betas=(.9, .99), fused=True)
-    state_path, step, samples, spent = out / f"unet_state_{RANK}.pt", 0, 0, 0.0
     if resume and state_path.exists():
         s = torch.load(state_path, map_location=DEVICE)
         model.load_state_dict(s["model"])
@@ -101,7 +104,7 @@ def run(cfg, out, resume=True):
     alphas = DDPMScheduler(**BETAS).alphas_cumprod.to(DEVICE)
     data, b = Latents(out, u["drop"], [step, RANK]), u["batch"]
     torch.manual_seed(1000 * step + RANK)
-    clock, forward = Clock(budget(u, spent), u["warmup"], spent), torch.compile(model) if u.get("compile") else model
+    clock, forward = Clock(u, u["warmup"], spent), torch.compile(model) if u.get("compile") else model
     fraction, sums, last, t0, n0, every = 0.0, [], time.time(), time.time(), samples, max(1, u["sync"] if WORLD > 1 else 8)
     warm_from = step
 
@@ -111,7 +114,8 @@ def run(cfg, out, resume=True):
         if RANK == 0:
             with ema.swapped():
                 model.save_pretrained(out / "unet")
-            write_json(out / "unet.json", {"steps": step, "samples": samples, "seconds": round(clock.spent())})
+            steps, seen = onward.before(out, "unet")
+            write_json(out / "unet.json", {"steps": steps + step, "samples": seen + samples})
 
     while True:
         if step % every == 0:
@@ -119,7 +123,7 @@ def run(cfg, out, resume=True):
                 average(params)
             if step > warm_from:
                 ema.update(every)
-            fraction, stop = agree(clock, out / "STOP")
+            fraction, stop = agree(clock, step, out / "STOP")
             if stop:
                 break
             if time.time() - last > u["checkpoint"]:

@@ -107,10 +107,10 @@ def run(cfg, out, resume=True):
         opt.load_state_dict(s["optimizer"])
         ema.shadow, ema.steps, step, spent = s["ema"], s["steps"], s["step"], s["spent"]
     print("vae parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
-    clock = Clock(v["seconds"], 50, spent)
+    clock = Clock(v, 50, spent)
     val, data, sums, last, t0 = np.load(out / "val.npy")[:200], batches(cfg, out, step), [], time.time(), time.time()
     first = step
-    while not clock.over():
+    while not clock.over(step):
         for g in opt.param_groups:
             g["lr"] = v["lr"] * clock.factor(step)
         x = next(data)

@@ -8,6 +8,7 @@ has a handful of variants. A small model learns such a world sharply; a freer on
 import random
 import zlib
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -251,16 +252,20 @@ def finish_caption(rng, objects, phrase, style):
     return text
 
 
-def sample(rng, sprites, table, size, held=False):
+COUNTS = (.05, .61, .31, .03)    # shares of pictures of none, one, two and three objects
+
+
+def sample(rng, sprites, table, size, held=False, counts=COUNTS):
     """One composed picture.
 
-    `sprites[style][i]` is the RGBA sprite of `table[i]`; `held` asks for held-back combinations only.
+    `sprites[style][i]` is the RGBA sprite of `table[i]`; `held` asks for held-back combinations only;
+    `counts` are the shares of pictures of none, one, two and three objects.
     -> image, caption, {"n": noun indices, "s": style, "b": background phrase, "size": size word}
     """
     while True:
         r, style = rng.random(), rng.choice(STYLES)
         image, phrase, key = background(rng, size)
-        count = 0 if r < .05 else 1 if r < .66 else 2 if r < .97 else 3
+        count = next((k for k, top in enumerate(accumulate(counts[:3])) if r < top), 3)
         picks = [rng.randrange(len(table)) for _ in range(count)]
         names = [table[i]["noun"] for i in picks]
         if len(set(picks)) < count or (count == 0 and (key is None or held)):

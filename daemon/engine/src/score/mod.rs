@@ -3,6 +3,7 @@
 
 mod alignment;
 mod clip;
+mod crosstalk;
 mod preprocess;
 
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 pub use alignment::{Feature, IdentityClassifier, PAPER_PREFIX, cosine, image_alignment, prior_text, text_alignment};
+pub use crosstalk::{Answer, answers};
 
 use crate::error::{Error, Result};
 use crate::image::Picture;

@@ -1,0 +1,82 @@
+//! `score --cross-talk`: medians of what each concept's rows answer to another concept's input.
+
+use blocklora_engine::image::Picture;
+use blocklora_engine::merge::AdapterFactors;
+use blocklora_engine::score;
+use serde::Serialize;
+
+use crate::concepts::{Concepts, Entry};
+use crate::session::Session;
+use crate::table::Table;
+
+/// Medians over concepts and layers of one part of the model.
+#[derive(Clone, Debug, Serialize)]
+pub struct CrossTalk {
+    /// The part.
+    part: &'static str,
+    /// ||dW_i X_i|| / ||W X_i||: what a concept's own rows change.
+    own: f64,
+    /// ||dW_j X_i|| / ||dW_i X_i||, the root of its mean square over the other concepts j.
+    another: f64,
+    /// The root of the sum of squares over all other concepts, by ||dW_i X_i||: with disjoint rows, what all the others
+    /// change together.
+    all_others: f64,
+}
+
+/// The parts of the model, and the layers in them.
+const PARTS: [(&str, fn(&str) -> bool); 3] = [
+    ("unet, self-attention", |name| name.starts_with("unet.") && name.contains(".attn1.")),
+    ("unet, cross-attention", |name| name.starts_with("unet.") && name.contains(".attn2.")),
+    ("text encoder", |name| name.starts_with("text_encoder.")),
+];
+
+/// Shows every concept's own pictures to the model, with what `merge` merges for that concept.
+pub fn measure(
+    session: &mut Session,
+    concepts: &Concepts,
+    entries: &[&Entry],
+    mut merge: impl FnMut(&mut Session, usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<CrossTalk>> {
+    let mut of_concepts = Vec::new();
+    for (i, entry) in entries.iter().enumerate() {
+        merge(session, i)?;
+        let mut pictures = Vec::new();
+        for (path, caption) in concepts.pictures(entry) {
+            pictures.push((Picture::load(&path)?, entry.prompt(caption.as_deref().unwrap_or("{c}"))));
+        }
+        let factors: Vec<&AdapterFactors> = session.factors().collect();
+        of_concepts.push(score::answers(&session.model, &factors, &session.concepts, &pictures)?);
+    }
+    let others = entries.len().saturating_sub(1).max(1) as f64;
+    let of_part = |&(part, belongs): &(&'static str, fn(&str) -> bool)| {
+        let (mut own, mut all_others) = (Vec::new(), Vec::new());
+        for (i, answers) in of_concepts.iter().enumerate() {
+            let layers = answers.iter().zip(session.model.layers());
+            for (answer, _) in layers.filter(|(a, layer)| belongs(&layer.name) && a.deltas[i] > 0.0) {
+                let mine = answer.deltas[i];
+                own.push((mine / answer.output).sqrt());
+                all_others.push(((answer.deltas.iter().sum::<f64>() - mine) / mine).sqrt());
+            }
+        }
+        let (own, all_others) = (median(own)?, median(all_others)?);
+        Some(CrossTalk { part, own, another: all_others / others.sqrt(), all_others })
+    };
+    Ok(PARTS.iter().filter_map(of_part).collect())
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// The table that people read.
+pub fn table(rows: &[(String, Vec<CrossTalk>)]) -> Table {
+    let mut table = Table::new(["adapters", "part", "own / output", "another / own", "all others / own"]);
+    for (set, parts) in rows {
+        for p in parts {
+            let numbers = [p.own, p.another, p.all_others].map(|v| format!("{v:.3}"));
+            table.row([vec![set.clone(), p.part.to_owned()], numbers.to_vec()].concat());
+        }
+    }
+    table
+}
