@@ -26,10 +26,15 @@ pub struct SamplerGolden {
 impl SamplerGolden {
     /// Reads the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |e: String| Error::new(Code::Failed, format!("{}: {e}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
-        serde_json::from_str(&text).map_err(|e| failed(e.to_string()))
+        read_json(path)
     }
+}
+
+/// The JSON file at `path`.
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let failed = |e: String| Error::new(Code::Failed, format!("{}: {e}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
+    serde_json::from_str(&text).map_err(|e| failed(e.to_string()))
 }
 
 /// Compares `sampler` step for step with the run `name`, on Stable Diffusion's schedule after `change`. The error says

@@ -8,8 +8,10 @@ use crate::error::{Error, Result};
 use crate::merge::Layer;
 use crate::train::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState};
 
-/// loss = 1/2 sum over layers |mask * (scale B A - T\[rows\])|^2 + 1/2 |tokens - 1|^2, whatever the pictures: the least
-/// of it is the best approximation of T by the factors, and 0 from rank 1 on, since T has that rank.
+/// loss = 1/N sum_i weight_i error_i + 1/2 |tokens - 1|^2, where the error of a sample is 1/2 sum over layers
+/// |mask * (scale B A - T\[rows\])|^2 for a picture of the concept, and the same with zeros for T for a picture that was
+/// drawn (the class stays what it was). Without those, its least is the best approximation of T by the factors, and 0
+/// from rank 1 on, since T has that rank; with as many of them, weighted by lambda, it lies at T / (1 + lambda).
 #[derive(Debug)]
 pub struct Quadratic {
     /// The services of its job.
@@ -115,6 +117,11 @@ impl TrainHost for Quadratic {
         self.batches.push(batch.to_vec());
         gradients.clone_from(parameters);
         gradients.tensors_mut().for_each(|t| t.fill(0.0));
+        let share = |of_class: bool| {
+            let chosen = batch.iter().filter(|s| (s.picture >= self.captions.len()) == of_class);
+            chosen.map(|s| s.weight).sum::<f32>() / batch.len() as f32
+        };
+        let (concept, class) = (share(false), share(true));
         let mut loss = 0.0;
         for (i, f) in parameters.factors.iter().enumerate() {
             let out = &mut gradients.factors[i];
@@ -124,10 +131,12 @@ impl TrainHost for Quadratic {
                 for q in 0..Self::N {
                     let value: f32 = (0..f.rank).map(|k| f.b[p * f.rank + k] * f.a[k * Self::N + q]).sum();
                     let error = mask * (f.scale * value - self.target[row as usize * Self::N + q]);
-                    loss += 0.5 * error * error;
+                    let drift = mask * f.scale * value;
+                    loss += concept * 0.5 * error * error + class * 0.5 * drift * drift;
+                    let slope = f.scale * (concept * error + class * drift);
                     for k in 0..f.rank {
-                        out.b[p * f.rank + k] += f.scale * error * f.a[k * Self::N + q];
-                        out.a[k * Self::N + q] += f.scale * error * f.b[p * f.rank + k];
+                        out.b[p * f.rank + k] += slope * f.a[k * Self::N + q];
+                        out.a[k * Self::N + q] += slope * f.b[p * f.rank + k];
                     }
                 }
             }

@@ -65,6 +65,8 @@ pub struct Recipe<'a> {
     pub start_a: StartA<'a>,
     /// What the names start as.
     pub words: Words<'a>,
+    /// The prompt of every picture of the concept, with `{}` for the concept; none: captions and templates.
+    pub prompt: Option<&'a str>,
     /// Prior preservation.
     pub prior: Option<Prior>,
 }
@@ -79,6 +81,7 @@ impl<'a> Recipe<'a> {
             erasure: None,
             start_a: StartA::Uniform,
             words: Words::Noise,
+            prompt: None,
             prior: None,
         }
     }
@@ -132,7 +135,9 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
 
 /// Every prompt that training may draw must fit the model.
 fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
-    for template in templates::of_kind(host.concept().kind) {
+    let templates = if recipe.prompt.is_some() { &[] } else { templates::of_kind(host.concept().kind) };
+    recipe.prompt.map_or(Ok(()), |prompt| host.check_prompt(prompt, CONCEPT_TOKENS))?;
+    for template in templates {
         for caption in host.captions().iter().flatten().map(String::as_str).chain(["{}"]) {
             host.check_prompt(&template.replace("{}", caption), CONCEPT_TOKENS)?;
         }
@@ -230,7 +235,10 @@ fn draw_batch(
         let picture = data.below(captions.len());
         let placement = draw_placement(&mut data, &settings.augmentation);
         let caption = captions[picture].as_deref();
-        let prompt = templates::prompt(&mut data, host.concept().kind, caption, settings.templates);
+        let prompt = match recipe.prompt {
+            Some(prompt) => prompt.to_owned(),
+            None => templates::prompt(&mut data, host.concept().kind, caption, settings.templates),
+        };
         draw_sample(host, settings, step, lane, (picture, placement, prompt, weight))
     });
     let class = recipe.prior.iter().zip(class_pictures).flat_map(|(prior, pictures)| {

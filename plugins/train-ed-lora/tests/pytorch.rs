@@ -1,0 +1,84 @@
+//! ED-LoRA's training against PyTorch, and its own parts.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use blocklora_sdk::testing::{Quadratic, TrainGolden, check_trainer};
+use blocklora_sdk::train::{ConceptSettings, LayerChoice, LearningRates, Trainer};
+use blocklora_sdk::{Delta, Value, resolve, schema};
+use train_ed_lora::EdLora;
+
+fn settings() -> ConceptSettings {
+    ConceptSettings {
+        steps: 40,
+        batch_size: 2,
+        rank: 2,
+        alpha: 0.7,
+        learning_rate: LearningRates { tokens: 0.05, text_encoder: 0.01, unet: 0.02 },
+        ..ConceptSettings::default()
+    }
+}
+
+#[test]
+fn equals_pytorch() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/train.json");
+    let mut host = Quadratic::new();
+    let trainer = EdLora { settings: settings() };
+    let parameters = check_trainer(&TrainGolden::open(&path).unwrap(), "ed-lora", &trainer, &mut host).unwrap();
+    // The limit was reached, so that freezing is part of what was compared.
+    let norms: Vec<f32> = parameters.tokens.iter().flat_map(|t| t.values.chunks(2)).map(|v| v[0].hypot(v[1])).collect();
+    assert!(norms.iter().sum::<f32>() / norms.len() as f32 >= 0.55);
+}
+
+#[test]
+fn a_concept_owns_every_row_of_the_attention_and_has_a_vector_for_each_layer() {
+    let mut host = Quadratic::new();
+    let trainer = EdLora { settings: ConceptSettings { steps: 2, ..settings() } };
+    let parameters = trainer.train(&mut host).unwrap();
+    assert_eq!(parameters.factors.iter().map(|f| f.layer).collect::<Vec<_>>(), [0, 1]);
+    assert!(parameters.factors.iter().all(|f| f.rows.iter().copied().eq(0..Quadratic::M as u32) && !f.a_is_frozen));
+    assert!(parameters.tokens.iter().all(|t| t.layers == 3));
+    assert!(host.seen_masks.iter().all(|&mask| mask == 1.0));
+    let all = EdLora { settings: ConceptSettings { layers: LayerChoice::All, steps: 1, ..settings() } };
+    assert_eq!(all.train(&mut Quadratic::new()).unwrap().factors.len(), 3);
+}
+
+#[test]
+fn the_class_words_vector_starts_the_second_name() {
+    let still = LearningRates { tokens: 0.0, ..settings().learning_rate };
+    let trainer = EdLora { settings: ConceptSettings { learning_rate: still, ..settings() } };
+    let tokens = trainer.train(&mut Quadratic::new()).unwrap().tokens;
+    assert_eq!(tokens[1].values, [0.1, 0.2, 0.1, 0.2, 0.1, 0.2]);
+    assert!(tokens[0].values.iter().all(|x| x.abs() < 5.0 * 0.013));
+    assert_eq!((tokens[0].name.as_str(), tokens[1].name.as_str()), ("milo-1", "milo-2"));
+}
+
+#[test]
+fn the_plan_says_what_the_parameters_are() {
+    let host = Quadratic::new();
+    let plan = EdLora::default().plan(&host.concept).unwrap();
+    assert_eq!((plan.rank, plan.alpha, plan.delta, plan.partition), (4, 1.0, Delta::Alpha, None));
+    assert_eq!((plan.erasure_lambda, plan.steps, plan.tokens), (0.0, 1000, vec!["milo-1".into(), "milo-2".into()]));
+}
+
+#[test]
+fn blocks_and_erasure_are_no_settings_of_it() {
+    for key in ["partition", "erasure"] {
+        let json: Value = format!("{{\"{key}\": null}}").parse().unwrap();
+        assert!(resolve::<EdLora>(&json).unwrap_err().message.contains(key));
+    }
+    assert_eq!(schema::<EdLora>().unwrap()["properties"]["rank"]["default"], 4);
+    assert!(resolve::<EdLora>(&r#"{"alpha": -1}"#.parse().unwrap()).unwrap_err().message.contains("alpha = -1"));
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() {
+    let trainer = EdLora { settings: settings() };
+    let whole = trainer.train(&mut Quadratic::new()).unwrap();
+    for stop in [1, 20, 39] {
+        let mut host = Quadratic { stop_at: Some(stop), ..Quadratic::new() };
+        assert!(trainer.train(&mut host).unwrap_err().is_cancelled());
+        host.stop_at = None;
+        assert_eq!(trainer.train(&mut host).unwrap(), whole, "stopped at {stop}");
+    }
+}
