@@ -3,8 +3,9 @@
 
 use std::path::Path;
 
+use blocklora_sdk::manifest::Law;
 use blocklora_sdk::merge::{LayerPlan, MergeStrategy};
-use blocklora_sdk::testing::{MergeGolden, Problem, TestJob, check_merge, merge};
+use blocklora_sdk::testing::{MergeGolden, Problem, TestJob, check_law, check_merge, merge};
 use blocklora_sdk::{Value, resolve, schema};
 use merge_dare::Dare;
 
@@ -18,6 +19,20 @@ fn equals_numpy() {
     check_merge(&golden, "dare", &Dare::default()).unwrap();
     let other = Dare { drop_rate: 0.5, lambda: 0.3, seed: (1 << 40) + 7 };
     check_merge(&golden, "dare p=0.5 lambda=0.3 seed=2^40+7", &other).unwrap();
+}
+
+/// Those that the manifest declares, and no other.
+#[test]
+fn keeps_its_laws() {
+    let strategy = Dare::default();
+    for seed in 1..20 {
+        let mut problem = Problem::random(seed, 1 + seed as usize % 5, seed % 2 == 0);
+        problem.set_weights(&[1.0, 0.5, 2.0, 0.75, 1.25]);
+        for law in [Law::Order, Law::Scale] {
+            check_law(law, &strategy, &problem).unwrap();
+        }
+        assert!(check_law(Law::Identity, &strategy, &problem).is_err());
+    }
 }
 
 #[test]

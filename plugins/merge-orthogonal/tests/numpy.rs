@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use blocklora_sdk::testing::{MergeGolden, Problem, check_merge, merge};
+use blocklora_sdk::manifest::Law;
+use blocklora_sdk::testing::{MergeGolden, Problem, check_law, check_merge, merge};
 use blocklora_sdk::{Value, resolve, schema};
 use merge_orthogonal::Orthogonal;
 
@@ -11,6 +12,20 @@ use merge_orthogonal::Orthogonal;
 fn equals_numpy() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/merge.json");
     check_merge(&MergeGolden::open(&path).unwrap(), "orthogonal", &Orthogonal::default()).unwrap();
+}
+
+/// Those that the manifest declares, and no other.
+#[test]
+fn keeps_its_laws() {
+    let strategy = Orthogonal::default();
+    for seed in 1..20 {
+        let mut problem = Problem::random(seed, 1 + seed as usize % 5, seed % 2 == 0);
+        problem.set_weights(&[1.0, 0.5, 2.0, 0.75, 1.25]);
+        for law in [Law::Order, Law::Scale] {
+            check_law(law, &strategy, &problem).unwrap();
+        }
+        assert!(check_law(Law::Identity, &strategy, &problem).is_err());
+    }
 }
 
 #[test]

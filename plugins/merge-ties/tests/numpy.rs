@@ -3,8 +3,9 @@
 
 use std::path::Path;
 
+use blocklora_sdk::manifest::Law;
 use blocklora_sdk::merge::{LayerPlan, MergeStrategy};
-use blocklora_sdk::testing::{MergeGolden, Problem, TestJob, check_merge, merge};
+use blocklora_sdk::testing::{MergeGolden, Problem, TestJob, check_law, check_merge, merge};
 use blocklora_sdk::{Value, resolve, schema};
 use merge_ties::{Scope, Ties};
 
@@ -33,6 +34,20 @@ fn equals_numpy() {
     let k60 = Ties { top_k_percent: 60.0, lambda: 0.5, ..Ties::default() };
     check_merge(&golden, "ties k=60 lambda=0.5", &k60).unwrap();
     check_merge(&golden, "ties model", &Ties { trim: Scope::Model, ..Ties::default() }).unwrap();
+}
+
+/// Those that the manifest declares, and no other.
+#[test]
+fn keeps_its_laws() {
+    let strategy = Ties::default();
+    for seed in 1..20 {
+        let mut problem = Problem::random(seed, 1 + seed as usize % 5, seed % 2 == 0);
+        problem.set_weights(&[1.0, 0.5, 2.0, 0.75, 1.25]);
+        for law in [Law::Order, Law::Scale] {
+            check_law(law, &strategy, &problem).unwrap();
+        }
+        assert!(check_law(Law::Identity, &strategy, &problem).is_err());
+    }
 }
 
 #[test]

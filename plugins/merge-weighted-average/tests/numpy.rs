@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use blocklora_sdk::testing::{MergeGolden, Problem, check_merge, merge};
+use blocklora_sdk::manifest::Law;
+use blocklora_sdk::testing::{MergeGolden, Problem, check_law, check_merge, merge};
 use merge_weighted_average::WeightedAverage;
 
 fn golden() -> MergeGolden {
@@ -13,6 +14,20 @@ fn golden() -> MergeGolden {
 #[test]
 fn equals_numpy() {
     check_merge(&golden(), "weighted-average", &WeightedAverage {}).unwrap();
+}
+
+/// Those that the manifest declares, and no other.
+#[test]
+fn keeps_its_laws() {
+    let strategy = WeightedAverage {};
+    for seed in 1..20 {
+        let mut problem = Problem::random(seed, 1 + seed as usize % 5, seed % 2 == 0);
+        problem.set_weights(&[1.0, 0.5, 2.0, 0.75, 1.25]);
+        for law in [Law::Identity, Law::Order] {
+            check_law(law, &strategy, &problem).unwrap();
+        }
+        assert!(check_law(Law::Scale, &strategy, &problem).is_err());
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use blocklora_sdk::merge::Layer;
 use blocklora_sdk::testing::{Quadratic, TestJob, TrainGolden, check_trainer};
 use blocklora_sdk::train::{ConceptSettings, LayerChoice, LayerFactors, LearningRates, Trainer};
-use blocklora_sdk::{Config, Value, resolve};
+use blocklora_sdk::{Value, resolve};
 use train_orthogonal::{Allocation, Orthogonal};
 
 fn trainer(allocation: Allocation, slot: usize) -> Orthogonal {

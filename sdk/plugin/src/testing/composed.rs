@@ -15,6 +15,9 @@ struct OwnedFactors {
     scale: f32,
 }
 
+/// (A, owned rows of B, owned rows, rank) of an adapter on a layer.
+pub type LayerNumbers = (Vec<f32>, Vec<f32>, Vec<u32>, usize);
+
 /// Layers and adapters to merge.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
@@ -53,15 +56,8 @@ impl Problem {
         problem
     }
 
-    /// Adds an adapter: name, digest, weight, scale, and for each layer (A, owned rows of B, owned rows, rank).
-    pub fn add(
-        &mut self,
-        name: &str,
-        digest: &str,
-        weight: f32,
-        scale: f32,
-        factors: Vec<Option<(Vec<f32>, Vec<f32>, Vec<u32>, usize)>>,
-    ) {
+    /// Adds an adapter: name, digest, weight, scale, and its numbers on each layer.
+    pub fn add(&mut self, name: &str, digest: &str, weight: f32, scale: f32, factors: Vec<Option<LayerNumbers>>) {
         let own = |(a, b, rows, rank)| OwnedFactors { a, b, rows, rank, scale };
         let factors = factors.into_iter().map(|f| f.map(own)).collect();
         self.adapters.push((name.to_owned(), digest.to_owned(), weight, factors));
@@ -72,6 +68,12 @@ impl Problem {
         for (adapter, &weight) in self.adapters.iter_mut().zip(weights) {
             adapter.2 = weight;
         }
+    }
+
+    /// The same layers with these of the adapters, in this order.
+    pub fn choose(&self, adapters: &[usize]) -> Self {
+        let adapters = adapters.iter().filter_map(|&i| self.adapters.get(i).cloned()).collect();
+        Self { layers: self.layers.clone(), adapters }
     }
 
     /// The adapters as a strategy sees them.

@@ -54,7 +54,8 @@ pub fn check_trainer(
             return failed(format!("{what}: {} numbers instead of {}", ours.len(), theirs.len()));
         }
         for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-            if !((a - b).abs() <= 1e-4 * b.abs().max(1.0)) {
+            let distance = (a - b).abs() / b.abs().max(1.0);
+            if distance > 1e-4 || distance.is_nan() {
                 return failed(format!("{what}[{i}] = {a}, but PyTorch has {b}"));
             }
         }

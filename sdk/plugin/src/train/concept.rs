@@ -23,12 +23,15 @@ use crate::rng::{Rng, Stream};
 /// Tokens that name a concept: one for who it is, one for what it is.
 pub(super) const CONCEPT_TOKENS: usize = 2;
 
+/// A [rank, n] of (layer index, layer, the layer's random numbers).
+pub type FrozenA<'a> = dyn Fn(usize, &Layer, &mut Rng) -> Result<Vec<f32>> + 'a;
+
 /// What A starts as.
 pub enum StartA<'a> {
     /// Kaiming-uniform with a = sqrt 5, so uniform in ±1/sqrt n, as LoRA has it; trained.
     Uniform,
-    /// The [rank, n] values of this function of (layer index, layer, the layer's random numbers); never trained.
-    Frozen(&'a dyn Fn(usize, &Layer, &mut Rng) -> Result<Vec<f32>>),
+    /// The [rank, n] values of this function; never trained.
+    Frozen(&'a FrozenA<'a>),
 }
 
 /// What the concept's two names start as; `learning_rate.tokens` says whether they move.

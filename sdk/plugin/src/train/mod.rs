@@ -10,7 +10,7 @@ mod settings;
 pub mod templates;
 
 pub use adamw::AdamW;
-pub use concept::{Prior, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
+pub use concept::{FrozenA, Prior, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
 pub use host::{
     Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
     TrainPlan, TrainState, check_parameters,
