@@ -19,6 +19,7 @@ fn equals_numpy() {
     check_merge(&golden, "dare", &Dare::default()).unwrap();
     let other = Dare { drop_rate: 0.5, lambda: 0.3, seed: (1 << 40) + 7 };
     check_merge(&golden, "dare p=0.5 lambda=0.3 seed=2^40+7", &other).unwrap();
+    assert!(check_merge(&golden, "dare", &Dare { seed: 1, ..Dare::default() }).is_err());
 }
 
 /// Those that the manifest declares, and no other.

@@ -11,7 +11,9 @@ use merge_orthogonal::Orthogonal;
 #[test]
 fn equals_numpy() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/merge.json");
-    check_merge(&MergeGolden::open(&path).unwrap(), "orthogonal", &Orthogonal::default()).unwrap();
+    let golden = MergeGolden::open(&path).unwrap();
+    check_merge(&golden, "orthogonal", &Orthogonal::default()).unwrap();
+    assert!(check_merge(&golden, "orthogonal", &Orthogonal { lambda: 0.599 }).is_err());
 }
 
 /// Those that the manifest declares, and no other.

@@ -11,7 +11,9 @@ use merge_task_arithmetic::TaskArithmetic;
 #[test]
 fn equals_numpy() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/merge.json");
-    check_merge(&MergeGolden::open(&path).unwrap(), "task-arithmetic", &TaskArithmetic::default()).unwrap();
+    let golden = MergeGolden::open(&path).unwrap();
+    check_merge(&golden, "task-arithmetic", &TaskArithmetic::default()).unwrap();
+    assert!(check_merge(&golden, "task-arithmetic", &TaskArithmetic { lambda: 0.599 }).is_err());
 }
 
 /// Those that the manifest declares, and no other.

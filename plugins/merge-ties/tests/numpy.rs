@@ -34,6 +34,8 @@ fn equals_numpy() {
     let k60 = Ties { top_k_percent: 60.0, lambda: 0.5, ..Ties::default() };
     check_merge(&golden, "ties k=60 lambda=0.5", &k60).unwrap();
     check_merge(&golden, "ties model", &Ties { trim: Scope::Model, ..Ties::default() }).unwrap();
+    // The comparison sees small changes.
+    assert!(check_merge(&golden, "ties", &Ties { top_k_percent: 21.0, ..Ties::default() }).is_err());
 }
 
 /// Those that the manifest declares, and no other.

@@ -14,6 +14,7 @@ fn golden() -> MergeGolden {
 #[test]
 fn equals_numpy() {
     check_merge(&golden(), "weighted-average", &WeightedAverage {}).unwrap();
+    assert!(check_merge(&golden(), "orthogonal", &WeightedAverage {}).is_err());
 }
 
 /// Those that the manifest declares, and no other.

@@ -24,7 +24,10 @@ fn equals_pytorch() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/train.json");
     let mut host = Quadratic::new();
     let trainer = EdLora { settings: settings() };
-    let parameters = check_trainer(&TrainGolden::open(&path).unwrap(), "ed-lora", &trainer, &mut host).unwrap();
+    let golden = TrainGolden::open(&path).unwrap();
+    let parameters = check_trainer(&golden, "ed-lora", &trainer, &mut host).unwrap();
+    let other = EdLora { settings: ConceptSettings { weight_decay: 0.02, ..settings() } };
+    assert!(check_trainer(&golden, "ed-lora", &other, &mut Quadratic::new()).is_err());
     // The limit was reached, so that freezing is part of what was compared.
     let norms: Vec<f32> = parameters.tokens.iter().flat_map(|t| t.values.chunks(2)).map(|v| v[0].hypot(v[1])).collect();
     assert!(norms.iter().sum::<f32>() / norms.len() as f32 >= 0.55);
