@@ -16,7 +16,7 @@ use crate::judge::{Judge, Scores};
 use crate::output::{self, OutputFile};
 use crate::session::{self, Session};
 use crate::table::Table;
-use crate::{base, progress, score};
+use crate::{base, methods, progress, score};
 
 /// Merge the bundled concepts into the bundled model and draw them alone and together
 ///
@@ -83,7 +83,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let judge = Judge::open(&starter.join("clip"), &concepts, PAPER_PREFIX)?;
     let entries = score::entries_of(&session, &concepts)?;
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
-    let strategy = session::strategy(&args.merge);
+    let strategy = methods::strategy(&args.merge)?;
 
     let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
     let pair_jobs = pair_jobs(args, &session);
@@ -93,11 +93,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
     let mut alone = Vec::new();
     for (i, jobs) in jobs.iter().enumerate() {
-        session.merge(&[(i, 1.0)], strategy.as_ref())?;
+        session.merge(&[(i, 1.0)], &strategy)?;
         alone.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);
     }
-    let removed = session.merge(&[], strategy.as_ref())?;
-    let report = session.merge(&all, strategy.as_ref())?;
+    let removed = session.merge(&[], &strategy)?;
+    let report = session.merge(&all, &strategy)?;
     let mut merged = Vec::new();
     for jobs in &jobs {
         merged.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);

@@ -1,24 +1,26 @@
 //! Drawing many pictures with one merged model, several at a time.
 
+use std::sync::Arc;
+
 use blocklora_engine::Error;
 use blocklora_engine::generate::{GenerateRequest, Step, generate_batch};
 use blocklora_engine::image::Picture;
 use blocklora_engine::model::Model;
-use blocklora_engine::sample::{self, Sampler};
+use blocklora_engine::sample::Sampler;
 use blocklora_engine::text::Concept;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use crate::args::SamplingArgs;
-use crate::interrupt;
 use crate::session::Session;
+use crate::{interrupt, methods};
 
 /// How pictures are drawn.
 pub struct Settings {
     /// Sampling steps.
     pub steps: usize,
     guidance_scale: f32,
-    sampler: Box<dyn Sampler>,
+    sampler: Arc<dyn Sampler>,
     width: usize,
     height: usize,
 }
@@ -43,7 +45,7 @@ impl Settings {
         Ok(Self {
             steps: usize::from(args.steps),
             guidance_scale: args.guidance,
-            sampler: sample::by_id(&args.sampler)?,
+            sampler: methods::sampler(&args.sampler)?,
             width,
             height,
         })

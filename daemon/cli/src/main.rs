@@ -16,6 +16,7 @@ mod concepts;
 mod crosstalk;
 mod draw;
 mod judge;
+mod methods;
 mod session;
 
 mod bench;
@@ -24,6 +25,7 @@ mod export;
 mod generate;
 mod inspect;
 mod merge;
+mod plugin;
 mod score;
 mod train;
 
@@ -68,6 +70,8 @@ enum Command {
     Export(export::Args),
     Score(score::Args),
     #[command(subcommand)]
+    Plugin(plugin::Command),
+    #[command(subcommand)]
     Bench(bench::Command),
 }
 
@@ -84,6 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Plugin(command) => plugin::run(&command),
         Command::Bench(command) => bench::run(&command, cli.threads),
     }
 }

@@ -10,7 +10,7 @@ use blocklora_spec::Adapter;
 use crate::args::{MergeArgs, WeightedFile};
 use crate::output::{self, OutputFolder, cannot_write};
 use crate::session::{self, Session};
-use crate::{base, interrupt, progress};
+use crate::{base, interrupt, methods, progress};
 
 /// Write a model folder with concepts built in, for diffusers and every tool that reads its layout
 ///
@@ -46,7 +46,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     // Merged in f32 and rounded once, to the type in which the base model stores each weight.
     let mut session = Session::new(session::load_model(&base, DType::F32)?, &files)?;
     let set: Vec<(usize, f32)> = args.files.iter().enumerate().map(|(i, w)| (i, w.weight)).collect();
-    let report = session.merge(&set, session::strategy(&args.merge).as_ref())?;
+    let report = session.merge(&set, &methods::strategy(&args.merge)?)?;
     interrupt::check()?;
 
     let started = Instant::now();

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::Context;
 use blocklora_engine::image::Picture;
-use blocklora_engine::merge::strategy::{AdapterView, LayerInfo, MergeStrategy, Plan};
+use blocklora_engine::merge::strategy::{AdapterView, LayerInfo, LayerPlan, MergeStrategy, Plan, Tile};
 use blocklora_engine::score::PAPER_PREFIX;
 use clap::ValueEnum;
 use indicatif::ProgressBar;
@@ -18,7 +19,7 @@ use crate::draw::{self, Job};
 use crate::judge::{Judge, Scores};
 use crate::session::{self, Session};
 use crate::table::Table;
-use crate::{base, crosstalk, output, progress};
+use crate::{base, crosstalk, methods, output, progress};
 
 /// Score concepts alone and merged: image alignment, text alignment, identity
 ///
@@ -71,21 +72,37 @@ pub struct Args {
 }
 
 /// A strategy on the layers whose name starts with `prefix`; the others stay as they are in the file.
-struct OnlyLayers<'a> {
-    prefix: &'a str,
-    strategy: &'a dyn MergeStrategy,
+struct OnlyLayers {
+    prefix: String,
+    fingerprint: String,
+    strategy: Arc<dyn MergeStrategy>,
 }
 
-impl MergeStrategy for OnlyLayers<'_> {
-    fn id(&self) -> &'static str {
+impl OnlyLayers {
+    fn new(prefix: &str, strategy: Arc<dyn MergeStrategy>) -> Self {
+        let fingerprint = format!("{prefix} {}", strategy.fingerprint());
+        Self { prefix: prefix.to_owned(), fingerprint, strategy }
+    }
+}
+
+impl MergeStrategy for OnlyLayers {
+    fn id(&self) -> &str {
         self.strategy.id()
+    }
+
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> blocklora_engine::Result<Plan> {
         let mut plan = self.strategy.plan(layers, adapters)?;
-        let others = plan.iter_mut().zip(layers).filter(|(_, layer)| !layer.name.starts_with(self.prefix));
-        others.for_each(|(terms, _)| terms.clear());
+        let others = plan.iter_mut().zip(layers).filter(|(_, layer)| !layer.name.starts_with(&self.prefix));
+        others.for_each(|(plan, _)| *plan = LayerPlan::default());
         Ok(plan)
+    }
+
+    fn fill(&self, tile: Tile<'_>, delta: &mut [f32]) -> blocklora_engine::Result<()> {
+        self.strategy.fill(tile, delta)
     }
 }
 
@@ -191,7 +208,7 @@ fn cross_talk(args: &Args, sets: &[Set], concepts: &Concepts) -> anyhow::Result<
     for set in sets {
         let mut session = Session::new(session::open_model(&args.model)?, &args::adapters_in(&set.folder)?)?;
         let entries = entries_of(&session, concepts)?;
-        let strategy = session::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean });
+        let strategy = methods::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean })?;
         let merge = |session: &mut Session, i: usize| session.merge(&[(i, args.weight)], strategy.as_ref()).map(drop);
         rows.push((set.folder.display().to_string(), crosstalk::measure(&mut session, concepts, &entries, merge)?));
     }
@@ -238,8 +255,8 @@ fn score_one(
     judge: &Judge,
 ) -> anyhow::Result<Row> {
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
-    let merge = session::strategy(&MergeArgs { strategy, on_clash: Clash::Mean });
-    let merge = OnlyLayers { prefix: &args.layers, strategy: merge.as_ref() };
+    let merge = methods::strategy(&MergeArgs { strategy, on_clash: Clash::Mean })?;
+    let merge: Arc<dyn MergeStrategy> = Arc::new(OnlyLayers::new(&args.layers, merge));
     let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
     let pictures: usize = jobs.iter().map(Vec::len).sum();
     let bar = progress::bar("drawing", pictures * settings.steps);
@@ -275,7 +292,7 @@ fn draw_together(
     jobs: &[Vec<Job>],
     settings: &draw::Settings,
     weight: f32,
-    merge: &dyn MergeStrategy,
+    merge: &Arc<dyn MergeStrategy>,
     bar: &ProgressBar,
 ) -> anyhow::Result<Vec<Vec<Picture>>> {
     let merged: Vec<(usize, f32)> = (0..jobs.len()).map(|i| (i, weight)).collect();
@@ -291,7 +308,7 @@ fn draw_apart(
     settings: &draw::Settings,
     size: usize,
     weight: f32,
-    merge: &dyn MergeStrategy,
+    merge: &Arc<dyn MergeStrategy>,
     bar: &ProgressBar,
 ) -> anyhow::Result<Vec<Vec<Picture>>> {
     let count = jobs.len();

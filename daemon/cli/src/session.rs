@@ -6,17 +6,15 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use blocklora_engine::bake::baked_concepts;
 use blocklora_engine::merge::strategy::MergeStrategy;
-use blocklora_engine::merge::{
-    AdapterFactors, Blocklora, Clash, MergeReport, Merger, Normalise, Target, WeightedAverage,
-};
+use blocklora_engine::merge::{AdapterFactors, MergeReport, Merger, Target};
 use blocklora_engine::model::Model;
 use blocklora_engine::nn::LayerId;
 use blocklora_engine::text::{self, Prompt};
 use blocklora_engine::{DType, Device};
 use blocklora_spec::Adapter;
 
-use crate::args::{self, MergeArgs, ModelArgs, Precision, WeightedFile};
-use crate::{base, progress};
+use crate::args::{MergeArgs, ModelArgs, Precision, WeightedFile};
+use crate::{base, methods, progress};
 
 impl From<Precision> for DType {
     fn from(precision: Precision) -> Self {
@@ -40,19 +38,6 @@ pub fn load_model(folder: &Path, precision: DType) -> anyhow::Result<Model> {
     let model = Model::load(folder, &Device::Cpu, precision);
     spinner.finish_and_clear();
     Ok(model?)
-}
-
-/// The strategy that `args` chooses.
-pub fn strategy(args: &MergeArgs) -> Box<dyn MergeStrategy> {
-    let clash = match args.on_clash {
-        args::Clash::Refuse => Clash::Refuse,
-        args::Clash::Mean => Clash::Mean,
-    };
-    match args.strategy {
-        args::Strategy::Blocklora => Box::new(Blocklora { normalise: Normalise::Owners, clash }),
-        args::Strategy::BlockloraSum1 => Box::new(Blocklora { normalise: Normalise::Sum1, clash }),
-        args::Strategy::Average => Box::new(WeightedAverage::default()),
-    }
 }
 
 /// The words that `adapter` adds.
@@ -125,7 +110,7 @@ impl Session {
     }
 
     /// Makes the adapters with these positions and weights the composition, whatever was merged before.
-    pub fn merge(&mut self, set: &[(usize, f32)], strategy: &dyn MergeStrategy) -> anyhow::Result<MergeReport> {
+    pub fn merge(&mut self, set: &[(usize, f32)], strategy: &Arc<dyn MergeStrategy>) -> anyhow::Result<MergeReport> {
         let set = set.iter().map(|&(i, weight)| {
             let factors = self.factors.get(i).with_context(|| format!("there is no adapter {i}"))?;
             Ok((factors.clone(), weight))
@@ -147,7 +132,7 @@ pub fn open_merged(
     }
     let mut session = Session::new(open_model(model)?, &files)?;
     let set: Vec<(usize, f32)> = with.iter().enumerate().map(|(i, w)| (i, w.weight)).collect();
-    let report = session.merge(&set, strategy(merge).as_ref())?;
+    let report = session.merge(&set, &methods::strategy(merge)?)?;
     Ok((session, report))
 }
 

@@ -6,16 +6,16 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use blocklora_engine::Error;
-use blocklora_engine::train::{
-    BlockLora, Concept, Dataset, EdLora, Progress, TokenStyle, TrainConfig, TrainReport, TrainRequest, Trainer, train,
-};
+use blocklora_engine::train::{Concept, Dataset, Progress, TrainReport, TrainRequest, Trainer, train};
+use blocklora_sdk::manifest::PluginKind;
 use blocklora_spec::{Adapter, Kind, Partition, Scheme, Storage};
 use clap::ValueEnum;
+use serde_json::{Value, json};
 
 use crate::args::ModelArgs;
 use crate::concepts::Concepts;
 use crate::failure::{self, Interrupted};
-use crate::{interrupt, output, progress, session};
+use crate::{interrupt, methods, output, progress, session};
 
 /// Teach the model a concept from a folder of pictures
 ///
@@ -39,10 +39,10 @@ pub struct Args {
     /// What kind of thing it is; decides the sentences that pictures are captioned with
     #[arg(long, value_enum, default_value = "subject")]
     kind: KindArg,
-    /// How to train
-    #[arg(long, value_enum, default_value = "blocklora")]
-    method: Method,
-    /// Settings of the method, as TOML; docs/guide.md lists them
+    /// How to train: `blocklora plugin list` shows the trainers
+    #[arg(long, value_name = "ID", default_value = "blocklora")]
+    method: String,
+    /// Settings of the method, as TOML; `blocklora plugin info train-ID` lists them
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Which block of rows the concept owns: a number below the partition's capacity, or "none" for all rows [default:
@@ -116,14 +116,6 @@ impl From<StorageArg> for Storage {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Method {
-    /// Own rows and output erasure: concepts that merge without blurring each other
-    Blocklora,
-    /// All rows: the method that BlockLoRA is compared with
-    EdLora,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Slot {
     None,
@@ -144,54 +136,59 @@ impl FromStr for Slot {
 /// The partition where neither settings nor options name one: the paper's blocks, for up to 16 concepts.
 const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
 
+/// The sampler that draws pictures of the class, for methods that learn them along.
+const CLASS_SAMPLER: &str = "ddim";
+
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let mut config = read_config(args.config.as_deref())?;
+    let mut settings = read_settings(args.config.as_deref())?;
     if let Some(steps) = args.steps {
-        config.steps = steps as usize;
+        settings["steps"] = json!(steps);
     }
     output::check_file(&args.output)?;
-    choose_rows(args, &mut config)?;
-    config.validate()?;
+    let partition = choose_rows(args, &mut settings)?;
+    let trainer = methods::plugins().trainer(&args.method, &settings)?;
     let dataset = dataset(&args.images)?;
     let model = session::open_model(&args.model)?;
     let concept = Concept { name: args.name.clone(), class_word: args.class.clone(), kind: args.kind.into() };
-    let trainer: Box<dyn Trainer> = match args.method {
-        Method::Blocklora => Box::new(BlockLora { concept: concept.clone(), config: config.clone() }),
-        Method::EdLora => Box::new(EdLora { concept: concept.clone(), config: config.clone() }),
-    };
+    let steps = trainer.plan(&concept)?.steps;
     let request = TrainRequest {
         concept,
-        config,
         seed: args.seed,
         output: args.output.clone(),
         resume: args.resume,
         storage: args.storage.into(),
         licence: args.licence.clone(),
         created: None,
+        sampler: methods::sampler(CLASS_SAMPLER).ok(),
     };
-    let report = run_training(&model, &dataset, trainer.as_ref(), &request)?;
-    finish(args, &request, &report)
+    let report = run_training(&model, &dataset, trainer.as_ref(), &request, steps)?;
+    finish(args, partition, &report)
 }
 
-fn read_config(path: Option<&Path>) -> anyhow::Result<TrainConfig> {
-    let Some(path) = path else { return Ok(TrainConfig::default()) };
+fn read_settings(path: Option<&Path>) -> anyhow::Result<Value> {
+    let Some(path) = path else { return Ok(json!({})) };
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     toml::from_str(&text).with_context(|| format!("{}: not valid training settings", path.display()))
 }
 
-/// Decides which rows the concept owns.
-fn choose_rows(args: &Args, config: &mut TrainConfig) -> anyhow::Result<()> {
-    if args.method == Method::EdLora {
+/// Decides which rows the concept owns, if the method has a say in that, and puts them into its settings.
+fn choose_rows(args: &Args, settings: &mut Value) -> anyhow::Result<Option<Partition>> {
+    if !methods::plugins().has_setting(PluginKind::Train, &args.method, "partition")? {
         if let Some(Slot::Number(_)) = args.slot {
-            return failure::usage("--slot: ed-lora owns all rows; leave it out or use --method blocklora");
+            return failure::usage(format!(
+                "--slot: {} owns all rows; leave it out or use --method blocklora",
+                args.method
+            ));
         }
-        return Ok(());
+        return Ok(None);
     }
-    // Written out, so that the file states what the method does by default.
-    config.erasure.get_or_insert_default();
-    let partition = config.partition.unwrap_or(PARTITION);
-    config.partition = match args.slot {
+    let chosen: Option<Partition> = match settings.get("partition") {
+        None | Some(Value::Null) => None,
+        Some(partition) => Some(serde_json::from_value(partition.clone()).context("partition")?),
+    };
+    let partition = chosen.unwrap_or(PARTITION);
+    let partition = match args.slot {
         Some(Slot::None) => None,
         Some(Slot::Number(slot)) if slot < partition.capacity => Some(Partition { slot, ..partition }),
         Some(Slot::Number(slot)) => {
@@ -201,10 +198,11 @@ fn choose_rows(args: &Args, config: &mut TrainConfig) -> anyhow::Result<()> {
             ));
         }
         // The settings chose a slot themselves.
-        None if config.partition.is_some() => Some(partition),
+        None if chosen.is_some() => Some(partition),
         None => Some(Partition { slot: free_slot(&args.output, &partition)?, ..partition }),
     };
-    Ok(())
+    settings["partition"] = serde_json::to_value(partition)?;
+    Ok(partition)
 }
 
 /// The lowest slot of `partition` that no other adapter beside `output` has.
@@ -251,8 +249,9 @@ fn run_training(
     dataset: &Dataset,
     trainer: &dyn Trainer,
     request: &TrainRequest,
+    steps: usize,
 ) -> anyhow::Result<TrainReport> {
-    let bar = progress::bar("training", request.config.steps);
+    let bar = progress::bar("training", steps);
     let mut at = 0;
     let mut started = false;
     let mut mean = None;
@@ -275,8 +274,7 @@ fn run_training(
     bar.finish_and_clear();
     match result {
         Err(Error::Cancelled) => Err(Interrupted(format!(
-            "step {at} of {} is saved in {}; the same command with --resume goes on from there",
-            request.config.steps,
+            "step {at} of {steps} is saved in {}; the same command with --resume goes on from there",
             request.checkpoint_path().display()
         ))
         .into()),
@@ -284,12 +282,15 @@ fn run_training(
     }
 }
 
-fn finish(args: &Args, request: &TrainRequest, report: &TrainReport) -> anyhow::Result<()> {
-    let embedding = match request.config.tokens {
-        TokenStyle::LayerWise => None,
-        TokenStyle::Plain => {
+fn finish(args: &Args, partition: Option<Partition>, report: &TrainReport) -> anyhow::Result<()> {
+    let adapter = Adapter::open(&args.output)?;
+    // Words of one vector are what other tools can read.
+    let is_plain = adapter.tokens().iter().all(|token| token.layers == 1) && !adapter.tokens().is_empty();
+    let embedding = match is_plain {
+        false => None,
+        true => {
             let path = args.output.with_extension("embedding.safetensors");
-            blocklora_spec::export::textual_inversion(&Adapter::open(&args.output)?, &path)?;
+            blocklora_spec::export::textual_inversion(&adapter, &path)?;
             Some(path)
         }
     };
@@ -300,10 +301,10 @@ fn finish(args: &Args, request: &TrainRequest, report: &TrainReport) -> anyhow::
             "digest": report.digest,
             "parameters": report.parameters,
             "seconds": report.seconds,
-            "slot": request.config.partition.map(|p| p.slot),
+            "slot": partition.map(|p| p.slot),
         }));
     }
-    let rows = match request.config.partition {
+    let rows = match partition {
         Some(p) => format!("slot {} of {}", p.slot, p.capacity),
         None => "all rows".to_owned(),
     };

@@ -1,13 +1,14 @@
 //! `blocklora bench step`: what a training step costs.
 
-use blocklora_engine::train::{BlockLora, Concept, EdLora, TrainConfig, Trainer, bench_step};
-use blocklora_spec::{Partition, Scheme};
+use blocklora_engine::train::bench_step;
+use blocklora_sdk::manifest::PluginKind;
+use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::output;
-use crate::session;
+use crate::{methods, output, session};
 
-type MakeTrainer = fn(Concept, TrainConfig) -> Box<dyn Trainer>;
+/// The methods that are measured if none is named.
+const METHODS: [&str; 2] = ["blocklora", "ed-lora"];
 
 /// Measure the time and memory of a training step
 ///
@@ -27,8 +28,8 @@ pub struct Args {
     #[arg(long, default_value = "a")]
     class: String,
     /// Measure only this method
-    #[arg(long, value_enum)]
-    method: Option<Method>,
+    #[arg(long, value_name = "ID")]
+    method: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -36,38 +37,23 @@ pub struct Args {
     model: ModelArgs,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Method {
-    /// A sixteenth of the rows, output erasure
-    Blocklora,
-    /// All rows
-    EdLora,
-}
-
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let model = session::open_model(&args.model)?;
-    let mut config = TrainConfig {
-        steps: usize::from(args.steps) + 1,
-        batch_size: usize::from(args.batch_size),
-        rank: usize::from(args.rank),
-        ..TrainConfig::default()
-    };
-    let methods = args.method.map_or(vec![Method::Blocklora, Method::EdLora], |m| vec![m]);
+    let methods = args.method.as_deref().map_or(METHODS.to_vec(), |m| vec![m]);
     let mut results = serde_json::Map::new();
     let mut text = String::new();
-    for method in methods {
-        let (name, trainer): (_, MakeTrainer) = match method {
-            Method::Blocklora => {
-                config.partition = Some(Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 });
-                ("blocklora", |concept, config| Box::new(BlockLora { concept, config }))
-            }
-            Method::EdLora => {
-                config.partition = None;
-                ("ed-lora", |concept, config| Box::new(EdLora { concept, config }))
-            }
-        };
-        let result = bench_step(&model, &trainer, &args.class, &config)?;
+    for name in methods {
+        let mut settings = json!({
+            "steps": usize::from(args.steps) + 1,
+            "batch_size": args.batch_size,
+            "rank": args.rank,
+        });
+        if methods::plugins().has_setting(PluginKind::Train, name, "partition")? {
+            settings["partition"] = json!({"scheme": "contiguous", "capacity": 16, "seed": 0, "slot": 0});
+        }
+        let trainer = methods::plugins().trainer(name, &settings)?;
+        let result = bench_step(&model, trainer.as_ref(), &args.class, usize::from(args.batch_size))?;
         text += &format!(
             "{name}: {:.1} ms a step of {} pictures ({:.1} to {:.1} ms over {} steps), {} trained numbers, peak memory \
              {:.0} MiB\n",

@@ -1,0 +1,166 @@
+//! `blocklora plugin`: the merge strategies, trainers and samplers that are installed.
+
+use blocklora_sdk::manifest::PluginKind;
+use blocklora_service::plugins::{Entry, State};
+use serde_json::json;
+
+use crate::{methods, output};
+
+/// See which merge strategies, trainers and samplers there are
+#[derive(clap::Subcommand)]
+pub enum Command {
+    List(ListArgs),
+    Info(InfoArgs),
+    Quarantine(QuarantineArgs),
+}
+
+/// List the plugins
+#[derive(clap::Args)]
+pub struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Show what a plugin is and what its settings are
+#[derive(clap::Args)]
+pub struct InfoArgs {
+    /// Its kind and id, as `list` shows them: merge-blocklora
+    #[arg(value_name = "KIND-ID")]
+    plugin: Name,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Keep a plugin from being loaded, or lift that
+///
+/// A plugin that crashes or hangs is quarantined by itself; the quarantine ends when its file changes.
+#[derive(clap::Args)]
+pub struct QuarantineArgs {
+    /// Its kind and id, as `list` shows them: merge-blocklora
+    #[arg(value_name = "KIND-ID")]
+    plugin: Name,
+    /// Lift the quarantine
+    #[arg(long)]
+    lift: bool,
+}
+
+/// `<kind>-<id>`.
+#[derive(Clone, Debug)]
+struct Name {
+    kind: PluginKind,
+    id: String,
+}
+
+impl std::str::FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let kinds = [PluginKind::Merge, PluginKind::Train, PluginKind::Sample];
+        let (kind, id) = text.split_once('-').unwrap_or((text, ""));
+        match kinds.into_iter().find(|k| k.as_str() == kind) {
+            Some(kind) if !id.is_empty() => Ok(Self { kind, id: id.to_owned() }),
+            _ => Err("give a kind (merge, train or sample) and an id, such as merge-blocklora".to_owned()),
+        }
+    }
+}
+
+/// Runs the command.
+pub fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::List(args) => list(args),
+        Command::Info(args) => info(args),
+        Command::Quarantine(args) => quarantine(args),
+    }
+}
+
+fn state(entry: &Entry) -> (&'static str, &str) {
+    match &entry.state {
+        State::Ready => ("ready", ""),
+        State::Missing(reason) => ("missing", reason),
+        State::Quarantined(reason) => ("quarantined", reason),
+    }
+}
+
+fn json_of(entry: &Entry) -> serde_json::Value {
+    let (state, reason) = state(entry);
+    json!({
+        "kind": entry.found.manifest.kind,
+        "id": entry.found.manifest.id,
+        "version": entry.found.manifest.version,
+        "abi": entry.found.manifest.abi,
+        "summary": entry.found.manifest.summary,
+        "manifest": entry.found.path,
+        "library": entry.found.library,
+        "digest": entry.digest,
+        "state": state,
+        "reason": reason,
+        "crashes": entry.crashes,
+    })
+}
+
+fn list(args: &ListArgs) -> anyhow::Result<()> {
+    let (entries, broken) = methods::plugins().list();
+    if args.json {
+        let broken: Vec<_> = broken.iter().map(|b| json!({"manifest": b.path, "reason": b.reason})).collect();
+        let plugins: Vec<_> = entries.iter().map(json_of).collect();
+        return output::print_json(&json!({"plugins": plugins, "broken": broken}));
+    }
+    let width = entries.iter().map(|e| e.found.manifest.full_name().len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for entry in &entries {
+        let manifest = &entry.found.manifest;
+        let (state, reason) = state(entry);
+        let said = if reason.is_empty() { &manifest.summary } else { reason };
+        let mark = if state == "ready" { String::new() } else { format!("{state}: ") };
+        text += &format!("{:<width$}  {}  {mark}{said}\n", manifest.full_name(), manifest.version);
+    }
+    output::print(&text)?;
+    for broken in broken {
+        eprintln!("blocklora: {}: {}", broken.path.display(), broken.reason);
+    }
+    Ok(())
+}
+
+fn info(args: &InfoArgs) -> anyhow::Result<()> {
+    let info = methods::plugins().info(args.plugin.kind, &args.plugin.id)?;
+    let mut json = json_of(&info.entry);
+    if args.json {
+        json["schema"] = info.schema;
+        json["defaults"] = info.defaults;
+        return output::print_json(&json);
+    }
+    let manifest = &info.entry.found.manifest;
+    let mut text = format!("{} {}: {}\n", manifest.full_name(), manifest.version, manifest.summary);
+    let facts = [
+        ("licence", manifest.licence.clone()),
+        ("reference", manifest.reference.clone().unwrap_or_default()),
+        ("ABI", manifest.abi.clone()),
+        ("library", info.entry.found.library.display().to_string()),
+        ("SHA-256", info.entry.digest.clone()),
+        ("memory", format!("{} MiB at most", manifest.memory_mib)),
+        ("deterministic", if manifest.deterministic { "yes" } else { "not promised" }.to_owned()),
+    ];
+    for (name, value) in facts.into_iter().filter(|(_, value)| !value.is_empty()) {
+        text += &format!("  {name:<14}{value}\n");
+    }
+    text += "settings:\n";
+    let properties = info.schema.get("properties").and_then(|p| p.as_object());
+    for (key, property) in properties.into_iter().flatten() {
+        let default = info.defaults.get(key).map(ToString::to_string).unwrap_or_default();
+        let described = property.get("description").and_then(|d| d.as_str()).unwrap_or_default().replace('\n', " ");
+        text += &format!("  {key} = {default}\n      {described}\n");
+    }
+    output::print(&text)?;
+    Ok(())
+}
+
+fn quarantine(args: &QuarantineArgs) -> anyhow::Result<()> {
+    let Name { kind, id } = &args.plugin;
+    let reason = (!args.lift).then_some("put there by hand");
+    methods::plugins().set_quarantine(*kind, id, reason)?;
+    let now = if args.lift { "is no longer quarantined" } else { "is quarantined" };
+    output::print(&format!("{kind}-{id} {now}\n"))?;
+    Ok(())
+}
