@@ -209,7 +209,7 @@ fn cross_talk(args: &Args, sets: &[Set], concepts: &Concepts) -> anyhow::Result<
         let mut session = Session::new(session::open_model(&args.model)?, &args::adapters_in(&set.folder)?)?;
         let entries = entries_of(&session, concepts)?;
         let strategy = methods::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean })?;
-        let merge = |session: &mut Session, i: usize| session.merge(&[(i, args.weight)], strategy.as_ref()).map(drop);
+        let merge = |session: &mut Session, i: usize| session.merge(&[(i, args.weight)], &strategy).map(drop);
         rows.push((set.folder.display().to_string(), crosstalk::measure(&mut session, concepts, &entries, merge)?));
     }
     if args.json {
