@@ -8,10 +8,7 @@ mod laws;
 mod merge_golden;
 mod quadratic;
 mod sampling;
-<<<<<<< HEAD
 mod train_golden;
-=======
->>>>>>> 0727b0f (Samplers: euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun and lcm as plugins, equal to diffusers step for step)
 
 pub use composed::{LayerNumbers, Problem, merge};
 pub use gaussian::Gaussian;
@@ -21,7 +18,4 @@ pub use laws::check_law;
 pub use merge_golden::{MergeGolden, check_merge};
 pub use quadratic::Quadratic;
 pub use sampling::{check_sampler_contract, moment_error, order_of_convergence};
-<<<<<<< HEAD
 pub use train_golden::{TrainGolden, TrainRun, check_trainer};
-=======
->>>>>>> 0727b0f (Samplers: euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun and lcm as plugins, equal to diffusers step for step)
