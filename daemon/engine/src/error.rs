@@ -2,6 +2,17 @@
 
 use std::path::PathBuf;
 
+/// What kind of failure a method's is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodFault {
+    /// A setting is wrong.
+    Option,
+    /// What it was given does not fit together.
+    Incompatible,
+    /// Anything else.
+    Failed,
+}
+
 /// The engine's error. Every message says what is wrong with which file, tensor or field.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -82,6 +93,16 @@ pub enum Error {
         value: f32,
         /// The step at which it appeared.
         step: usize,
+    },
+    /// A sampler, merge strategy or trainer failed by itself.
+    #[error("{method}: {reason}")]
+    Method {
+        /// Its id.
+        method: String,
+        /// Why, and what to do.
+        reason: String,
+        /// What kind of failure.
+        fault: MethodFault,
     },
     /// The caller cancelled.
     #[error("cancelled")]

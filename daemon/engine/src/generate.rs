@@ -185,6 +185,15 @@ impl Denoiser for GuidedUNet<'_> {
         self.model.schedule()
     }
 
+    fn shape(&self) -> [usize; 4] {
+        let (pictures, channels, height, width) = self.shape;
+        [pictures, channels, height, width]
+    }
+
+    fn seed(&self) -> u64 {
+        self.seeds.first().copied().unwrap_or(0)
+    }
+
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()> {
         let guided = self.guidance_scale != 1.0;
         let z = Tensor::from_slice(latents, self.shape, self.model.device())?;

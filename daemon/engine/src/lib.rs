@@ -18,4 +18,4 @@ pub mod train;
 pub mod weights;
 
 pub use candle_core::{DType, Device};
-pub use error::{Error, Result};
+pub use error::{Error, MethodFault, Result};

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::plugins::Isolation;
 
 /// The example file, which documents every key.
 pub const EXAMPLE: &str = include_str!("../blocklora.toml");
@@ -22,6 +23,8 @@ pub struct Config {
     pub jobs: Jobs,
     /// What a client may ask for.
     pub limits: Limits,
+    /// Merge strategies, trainers and samplers.
+    pub plugins: Plugins,
 }
 
 /// Which bus to be on.
@@ -166,6 +169,14 @@ impl Default for Limits {
             calls_per_client_max: 1024,
         }
     }
+}
+
+/// `[plugins]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs)] // As above.
+pub struct Plugins {
+    pub isolation: Isolation,
 }
 
 impl Config {

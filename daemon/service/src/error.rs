@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::plugins::PluginError;
+
 /// The prefix of every error name.
 pub const PREFIX: &str = "org.blocklora.Daemon1.Error.";
 
@@ -101,17 +103,33 @@ impl From<blocklora_spec::Error> for Error {
 
 impl From<blocklora_engine::Error> for Error {
     fn from(error: blocklora_engine::Error) -> Self {
-        use blocklora_engine::Error as E;
+        use blocklora_engine::{Error as E, MethodFault};
         let kind = match &error {
             E::Cancelled => return Self::cancelled(),
             E::Io { source, .. } => kind_of_io(source),
             E::Unsupported { .. } => Kind::NotSupported,
             E::Incompatible { .. } => Kind::IncompatibleArchitecture,
+            E::Method { fault: MethodFault::Incompatible, .. } => Kind::IncompatibleArchitecture,
+            E::Method { fault: MethodFault::Option, .. } => Kind::InvalidOption,
             E::Prompt { .. } | E::InvalidOption { .. } => Kind::InvalidOption,
             E::Adapter(blocklora_spec::Error::Io { source, .. }) => kind_of_io(source),
             E::Adapter(blocklora_spec::Error::UnknownVersion { .. }) => Kind::UnsupportedSpecVersion,
             E::Adapter(_) => Kind::InvalidAdapter,
             _ => Kind::Failed,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+impl From<PluginError> for Error {
+    fn from(error: PluginError) -> Self {
+        let kind = match &error {
+            PluginError::Unknown { .. } => Kind::PluginNotFound,
+            PluginError::Incompatible { .. } => Kind::PluginIncompatible,
+            PluginError::Quarantined { .. } => Kind::PluginQuarantined,
+            PluginError::Crashed { .. } => Kind::PluginCrashed,
+            PluginError::Settings { .. } => Kind::InvalidOption,
+            PluginError::Host { .. } => Kind::Failed,
         };
         Self::new(kind, error.to_string())
     }

@@ -15,5 +15,6 @@ pub mod life;
 pub mod memfd;
 pub mod methods;
 pub mod objects;
+pub mod plugins;
 pub mod tar;
 pub mod worker;

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use blocklora_service::config::Bus;
+use blocklora_service::config::{Bus, Config};
 use blocklora_service::life::run::{Options, run};
-use blocklora_service::methods::BuiltIn;
+use blocklora_service::methods::Methods;
+use blocklora_service::plugins::{Isolation, Options as PluginOptions, Plugins, serve_hidden_command};
 use clap::{Parser, ValueEnum};
 
 /// Pages that were freed are kept for the next step: candle allocates a tensor for every operation.
@@ -56,6 +57,10 @@ enum LogArg {
 }
 
 fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = serve_hidden_command(&arguments) {
+        return ExitCode::from(code);
+    }
     let args = Args::parse();
     let log = args.log.unwrap_or(if args.private { LogArg::Warn } else { LogArg::Info });
     let level = match log {
@@ -78,7 +83,12 @@ fn main() -> ExitCode {
         exit_when_idle_sec: args.exit_when_idle,
         private: args.private,
     };
-    match run(&options, Arc::new(BuiltIn)) {
+    // Records of plugins are the user's or the service's, whatever the state folder of this run.
+    let plugins = |config: &Config| -> Arc<dyn Methods> {
+        let isolation = Isolation::from_environment().unwrap_or(config.plugins.isolation);
+        Arc::new(Plugins::new(PluginOptions { isolation, ..PluginOptions::default() }))
+    };
+    match run(&options, plugins) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("blocklorad: {error}");

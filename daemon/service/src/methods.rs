@@ -1,13 +1,14 @@
 //! Where samplers, merge strategies and trainers come from.
 
+use std::sync::Arc;
+
 use blocklora_engine::merge::strategy::MergeStrategy;
-use blocklora_engine::merge::{Blocklora, Normalise, WeightedAverage};
-use blocklora_engine::sample::{self, Sampler};
-use blocklora_engine::train::{BlockLora, Concept, EdLora, TrainConfig, Trainer};
+use blocklora_engine::sample::Sampler;
+use blocklora_engine::train::Trainer;
 use blocklora_spec::Partition;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 
 /// What a method does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,8 +35,10 @@ impl MethodKind {
 /// One method, as the Plugin object shows it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MethodInfo {
-    /// Its id.
+    /// Its id among all methods.
     pub id: String,
+    /// Its id among those of its kind: what requests name.
+    pub name: String,
     /// What it does.
     pub kinds: Vec<MethodKind>,
     /// Its version.
@@ -54,142 +57,22 @@ pub struct MethodInfo {
     pub crashes: u32,
 }
 
-/// A training ready to run: the trainer and the settings that the file will state.
-pub struct Training {
-    /// The trainer.
-    pub trainer: Box<dyn Trainer>,
-    /// Its whole configuration.
-    pub config: TrainConfig,
-}
-
 /// Gives methods by id. Implementations check configurations completely; errors name the key at fault.
 pub trait Methods: Send + Sync {
     /// All methods, usable or not.
     fn list(&self) -> Vec<MethodInfo>;
     /// The sampler `id`.
-    fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Box<dyn Sampler>>;
+    fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn Sampler>>;
     /// The merge strategy `id`.
-    fn strategy(&self, id: &str, config: &Map<String, Value>) -> Result<Box<dyn MergeStrategy>>;
-    /// The trainer `id` for `concept`. `partition`: the rows that the adapter shall own; none: all.
-    fn trainer(
-        &self,
-        id: &str,
-        config: &Map<String, Value>,
-        concept: &Concept,
-        partition: Option<Partition>,
-    ) -> Result<Training>;
+    fn strategy(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn MergeStrategy>>;
+    /// The trainer `id`. `partition`: the rows that the adapter shall own; none: all.
+    fn trainer(&self, id: &str, config: &Map<String, Value>, partition: Option<Partition>) -> Result<Box<dyn Trainer>>;
     /// Whether the trainer `id` confines an adapter to a partition's slot unless told otherwise.
     fn trains_in_slots(&self, id: &str) -> Result<bool>;
-    /// Enables, disables or clears (ends the quarantine of) a method.
+    /// Enables, disables or clears (ends the quarantine of) a method, by its id among all.
     fn set_state(&self, id: &str, state: &str) -> Result<()>;
-    /// Runs the conformance tests of `id` and returns a JSON report.
+    /// Runs the conformance tests of the method with the id `id` among all, and returns a JSON report.
     fn validate(&self, id: &str, level: u32, is_cancelled: &dyn Fn() -> bool) -> Result<String>;
     /// Whether foreign code has run in this process.
     fn tainted(&self) -> bool;
-}
-
-/// The methods that are compiled in.
-pub struct BuiltIn;
-
-const STRATEGIES: [&str; 3] = ["blocklora", "blocklora-sum1", "average"];
-const TRAINERS: [&str; 2] = ["blocklora", "ed-lora"];
-
-fn unknown(id: &str, what: &str, known: &[&str]) -> Error {
-    Error::new(Kind::PluginNotFound, format!("there is no {what} {id:?}; there are {}", known.join(", ")))
-}
-
-fn settings<T: serde::de::DeserializeOwned>(id: &str, config: &Map<String, Value>) -> Result<T> {
-    serde_json::from_value(Value::Object(config.clone())).map_err(|e| Error::option(format!("settings of {id}: {e}")))
-}
-
-impl Methods for BuiltIn {
-    fn list(&self) -> Vec<MethodInfo> {
-        let info = |id: &&str, kind| MethodInfo {
-            id: (*id).to_owned(),
-            kinds: vec![kind],
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            digest: String::new(),
-            abi: (0, 0),
-            config_schema: "{}".to_owned(),
-            state: "enabled".to_owned(),
-            reason: Default::default(),
-            crashes: 0,
-        };
-        let mut list: Vec<MethodInfo> = Vec::new();
-        let all = sample::SAMPLERS.iter().map(|id| info(id, MethodKind::Sampler));
-        let all = all.chain(STRATEGIES.iter().map(|id| info(id, MethodKind::MergeStrategy)));
-        for method in all.chain(TRAINERS.iter().map(|id| info(id, MethodKind::Trainer))) {
-            match list.iter_mut().find(|known| known.id == method.id) {
-                Some(known) => known.kinds.extend(method.kinds),
-                None => list.push(method),
-            }
-        }
-        list
-    }
-
-    fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Box<dyn Sampler>> {
-        if let Some(key) = config.keys().next() {
-            return Err(Error::option(format!("settings of {id}: unknown field {key:?}; it has none")));
-        }
-        sample::by_id(id).map_err(|_| unknown(id, "sampler", &sample::SAMPLERS))
-    }
-
-    fn strategy(&self, id: &str, config: &Map<String, Value>) -> Result<Box<dyn MergeStrategy>> {
-        match id {
-            "blocklora" => Ok(Box::new(settings::<Blocklora>(id, config)?)),
-            "blocklora-sum1" => {
-                Ok(Box::new(Blocklora { normalise: Normalise::Sum1, ..settings::<Blocklora>(id, config)? }))
-            }
-            "average" => Ok(Box::new(settings::<WeightedAverage>(id, config)?)),
-            _ => Err(unknown(id, "merge strategy", &STRATEGIES)),
-        }
-    }
-
-    fn trainer(
-        &self,
-        id: &str,
-        config: &Map<String, Value>,
-        concept: &Concept,
-        partition: Option<Partition>,
-    ) -> Result<Training> {
-        if config.contains_key("partition") {
-            return Err(Error::option(format!("settings of {id}: \"partition\" is given by the options of Train")));
-        }
-        let mut config: TrainConfig = settings(id, config)?;
-        config.partition = partition;
-        let concept = concept.clone();
-        match id {
-            "blocklora" => {
-                // Written out, so that the file states what the method does by default.
-                config.erasure.get_or_insert_default();
-                config.validate()?;
-                Ok(Training { trainer: Box::new(BlockLora { concept, config: config.clone() }), config })
-            }
-            "ed-lora" => {
-                config.validate()?;
-                Ok(Training { trainer: Box::new(EdLora { concept, config: config.clone() }), config })
-            }
-            _ => Err(unknown(id, "trainer", &TRAINERS)),
-        }
-    }
-
-    fn trains_in_slots(&self, id: &str) -> Result<bool> {
-        match id {
-            "blocklora" => Ok(true),
-            "ed-lora" => Ok(false),
-            _ => Err(unknown(id, "trainer", &TRAINERS)),
-        }
-    }
-
-    fn set_state(&self, id: &str, _state: &str) -> Result<()> {
-        Err(Error::new(Kind::NotSupported, format!("{id} is built in: its state cannot be changed")))
-    }
-
-    fn validate(&self, id: &str, _level: u32, _is_cancelled: &dyn Fn() -> bool) -> Result<String> {
-        Err(Error::new(Kind::NotSupported, format!("{id} is built in: there is no file to validate")))
-    }
-
-    fn tainted(&self) -> bool {
-        false
-    }
 }

@@ -191,7 +191,7 @@ impl Object {
 
 fn ids(methods: &[MethodInfo], kind: MethodKind) -> zbus::OwnedVariant {
     let usable = methods.iter().filter(|m| m.state == "enabled" && m.kinds.contains(&kind));
-    strings(&usable.map(|m| m.id.clone()).collect::<Vec<_>>())
+    strings(&usable.map(|m| m.name.clone()).collect::<Vec<_>>())
 }
 
 fn manager(daemon: &Daemon) -> Dict {

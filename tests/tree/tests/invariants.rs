@@ -12,7 +12,11 @@ const DEPENDENCIES: &[(&str, &str, &[&str])] = &[
     ("sdk/plugin", "blocklora-sdk", &["blocklora-spec"]),
     ("sdk/client", "blocklora-client", &[]),
     ("daemon/service", "blocklora-service", &["blocklora-engine", "blocklora-sdk", "blocklora-spec"]),
-    ("daemon/cli", "blocklora-cli", &["blocklora-client", "blocklora-engine", "blocklora-spec"]),
+    (
+        "daemon/cli",
+        "blocklora-cli",
+        &["blocklora-client", "blocklora-engine", "blocklora-sdk", "blocklora-service", "blocklora-spec"],
+    ),
     ("tests/tree", "blocklora-tree", &[]),
 ];
 

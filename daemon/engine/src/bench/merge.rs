@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use super::{Shape, memory};
 use crate::error::{Error, Result};
-use crate::merge::strategy::LayerInfo;
-use crate::merge::{AdapterFactors, AdapterLayer, Blocklora, Isa, Merger, Target, copy_rows};
+use crate::merge::strategy::{LayerInfo, MergeStrategy, Sum};
+use crate::merge::{AdapterFactors, AdapterLayer, Isa, Merger, Target, copy_rows};
 use crate::rng::{Rng, Stream};
 use crate::weights::WeightFile;
 
@@ -118,7 +118,7 @@ pub fn merge(
 
     let written: Vec<usize> = layers.iter().map(|info| adapters * info.rows / capacity as usize).collect();
     let mut merger = Merger::new(targets.clone())?;
-    let strategy = Blocklora::default();
+    let strategy: Arc<dyn MergeStrategy> = Arc::new(Sum);
     let mut times = [const { Vec::new() }; 4];
     let (mut bytes_written, mut peak, mut exact) = (0, None, true);
     pool.install(|| -> Result<()> {

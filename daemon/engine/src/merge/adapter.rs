@@ -209,6 +209,9 @@ impl AdapterView for Placed {
     fn name(&self) -> &str {
         self.factors.name()
     }
+    fn digest(&self) -> &str {
+        self.factors.digest()
+    }
     fn weight(&self) -> f32 {
         self.weight
     }

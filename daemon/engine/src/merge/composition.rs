@@ -1,15 +1,25 @@
 //! What is merged into the live weights, and which rows another composition changes.
 
+use std::sync::Arc;
+
 use super::adapter::Placed;
-use super::strategy::{Coefficients, LayerInfo, Plan, Term};
+use super::strategy::{AdapterView, Coefficients, LayerInfo, LayerPlan, MergeStrategy, Plan, Term, Tile};
 use crate::error::{Error, Result};
 
 /// Adapters in canonical order and a checked plan for them. The default is the pristine model.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(super) struct Composition {
     adapters: Vec<Placed>,
-    /// By layer, ordered by adapter; shorter than the model's layers only where nothing is merged.
+    /// By layer, terms ordered by adapter; shorter than the model's layers only where nothing is merged.
     plan: Plan,
+    /// Fills the dense layers.
+    strategy: Option<Arc<dyn MergeStrategy>>,
+}
+
+impl std::fmt::Debug for Composition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Composition").field("adapters", &self.adapters).field("plan", &self.plan).finish()
+    }
 }
 
 /// One summand of one row.
@@ -35,6 +45,10 @@ pub(super) struct Marked {
 impl Marked {
     fn none_of(rows: usize) -> Self {
         Self { flags: vec![false; rows], count: 0, first: rows, last: 0 }
+    }
+    /// Every one of `rows` rows.
+    fn all_of(rows: usize) -> Self {
+        Self { flags: vec![true; rows], count: rows, first: 0, last: rows.saturating_sub(1) }
     }
     fn mark(&mut self, row: u32) {
         let row = row as usize;
@@ -119,13 +133,19 @@ impl RowTerms {
 
 impl Composition {
     /// `adapters` in canonical order with a strategy's plan, after checking all that a plan may get wrong.
-    pub fn new(strategy: &str, layers: &[LayerInfo], adapters: Vec<Placed>, mut plan: Plan) -> Result<Self> {
+    pub fn new(
+        strategy: Arc<dyn MergeStrategy>,
+        layers: &[LayerInfo],
+        adapters: Vec<Placed>,
+        mut plan: Plan,
+    ) -> Result<Self> {
         let wrong =
-            |layer: &str, reason: String| Error::option("plan of strategy", strategy, format!("{layer}{reason}"));
+            |layer: &str, reason: String| Error::option("plan of strategy", strategy.id(), format!("{layer}{reason}"));
         if plan.len() != layers.len() {
             return Err(wrong("", format!("it has {} layers, the model has {}", plan.len(), layers.len())));
         }
-        for (index, (terms, layer)) in plan.iter_mut().zip(layers).enumerate() {
+        for (index, (layer_plan, layer)) in plan.iter_mut().zip(layers).enumerate() {
+            let LayerPlan::Factored(terms) = layer_plan else { continue };
             let wrong = |reason| wrong(&format!("layer {:?}: ", layer.name), reason);
             terms.sort_by_key(|term| term.adapter);
             if let Some(pair) = terms.windows(2).find(|pair| pair[0].adapter == pair[1].adapter) {
@@ -152,7 +172,7 @@ impl Composition {
                 }
             }
         }
-        Ok(Self { adapters, plan })
+        Ok(Self { adapters, plan, strategy: Some(strategy) })
     }
 
     /// The adapters, in canonical order.
@@ -161,7 +181,41 @@ impl Composition {
     }
 
     fn terms(&self, layer: usize) -> &[Term] {
-        self.plan.get(layer).map_or(&[], Vec::as_slice)
+        match self.plan.get(layer) {
+            Some(LayerPlan::Factored(terms)) => terms,
+            _ => &[],
+        }
+    }
+
+    fn numbers(&self, layer: usize) -> Option<&Arc<[f32]>> {
+        match self.plan.get(layer) {
+            Some(LayerPlan::Dense(numbers)) => Some(numbers),
+            _ => None,
+        }
+    }
+
+    /// Whether the strategy computes this layer's change itself.
+    pub fn is_dense(&self, layer: usize) -> bool {
+        self.numbers(layer).is_some()
+    }
+
+    /// Has the strategy write the change of some rows of a dense layer.
+    pub fn fill(&self, index: usize, layer: &LayerInfo, first_row: usize, delta: &mut [f32]) -> Result<()> {
+        let (Some(strategy), Some(numbers)) = (&self.strategy, self.numbers(index)) else { return Ok(()) };
+        let adapters: Vec<&dyn AdapterView> = self.adapters.iter().map(|placed| placed as &dyn AdapterView).collect();
+        let rows = delta.len() / layer.columns;
+        strategy.fill(Tile { index, layer, adapters: &adapters, numbers, first_row, rows }, delta)
+    }
+
+    /// Whether a dense layer is the same in `other`: the strategy, its numbers, and the adapters with their weights.
+    fn is_same_dense(&self, other: &Self, same: &[Option<usize>], layer: usize) -> bool {
+        let fingerprint = |composition: &Self| composition.strategy.as_ref().map(|s| s.fingerprint().to_owned());
+        self.numbers(layer) == other.numbers(layer)
+            && fingerprint(self) == fingerprint(other)
+            && self.adapters.len() == other.adapters.len()
+            && self.adapters.iter().zip(same).all(|(mine, there)| {
+                there.is_some_and(|there| other.adapters[there].weight.to_bits() == mine.weight.to_bits())
+            })
     }
 
     /// For each adapter here the index of the same one (by digest and scale) in `other`.
@@ -176,6 +230,9 @@ impl Composition {
     /// Which of `rows` rows of `layer` have other terms in `old` than here; `same` is `self.same_in(old)`.
     /// None if no row does.
     pub fn changed_rows(&self, old: &Self, same: &[Option<usize>], layer: usize, rows: usize) -> Option<Marked> {
+        if self.is_dense(layer) || old.is_dense(layer) {
+            return (!self.is_same_dense(old, same, layer)).then(|| Marked::all_of(rows));
+        }
         let (new_terms, old_terms) = (self.terms(layer), old.terms(layer));
         let mut changed = Marked::none_of(rows);
         // Marks the rows whose coefficient differs from the one before; without one before, those that have one.

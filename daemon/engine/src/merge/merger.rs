@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::adapter::{AdapterFactors, Placed};
 use super::composition::{Composition, Marked};
+use super::dense::rewrite_dense;
 use super::kernel::{Isa, Rewrite, prefetch};
 use super::strategy::{AdapterView, LayerInfo, MergeStrategy};
 use crate::error::{Error, Result};
@@ -120,11 +121,12 @@ impl Merger {
     ///
     /// Everything is checked before the first write: an adapter's layer that the model lacks, or of another size; the
     /// same adapter twice; weights and coefficients that are not finite; whatever the strategy refuses. If a row
-    /// does not stay finite in the live type, the composition before is restored and the error names the row.
+    /// does not stay finite in the live type, or a strategy fails to fill a dense layer, the composition before is
+    /// restored (the pristine weights, if that one's strategy fails, too) and the error says why.
     pub fn apply(
         &mut self,
         adapters: &[(Arc<AdapterFactors>, f32)],
-        strategy: &dyn MergeStrategy,
+        strategy: &Arc<dyn MergeStrategy>,
     ) -> Result<MergeReport> {
         let start = Instant::now();
         let wanted = self.compose(adapters, strategy)?;
@@ -135,14 +137,24 @@ impl Merger {
                 Ok(report)
             }
             Err(error) => {
-                self.rewrite(&wanted, &self.current)?;
+                // What was merged before may itself need a strategy that fails by now; the file never does.
+                if self.rewrite(&wanted, &self.current).is_err() {
+                    let nothing = Composition::default();
+                    self.rewrite(&wanted, &nothing)?;
+                    self.rewrite(&self.current, &nothing)?;
+                    self.current = nothing;
+                }
                 Err(error)
             }
         }
     }
 
     /// Places, orders, plans and checks.
-    fn compose(&self, adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy) -> Result<Composition> {
+    fn compose(
+        &self,
+        adapters: &[(Arc<AdapterFactors>, f32)],
+        strategy: &Arc<dyn MergeStrategy>,
+    ) -> Result<Composition> {
         let mut placed = adapters
             .iter()
             .map(|(factors, weight)| {
@@ -169,7 +181,7 @@ impl Merger {
         }
         let views: Vec<&dyn AdapterView> = placed.iter().map(|adapter| adapter as &dyn AdapterView).collect();
         let plan = strategy.plan(&self.infos, &views)?;
-        Composition::new(strategy.id(), &self.infos, placed, plan)
+        Composition::new(strategy.clone(), &self.infos, placed, plan)
     }
 
     /// Brings the live weights from composition `old` to `new`. On an error some rows may already be those of `new`.
@@ -182,7 +194,10 @@ impl Merger {
             .enumerate()
             .map(|(index, target)| -> Result<usize> {
                 let Some(changed) = new.changed_rows(old, &same, index, target.info.rows) else { return Ok(0) };
-                let rows = rewrite_rows(self.isa, target, index, new, &changed)?;
+                let rows = match new.is_dense(index) {
+                    true => rewrite_dense(target, index, new)?,
+                    false => rewrite_rows(self.isa, target, index, new, &changed)?,
+                };
                 let row_bytes = target.info.columns * target.live.dtype().size_in_bytes();
                 rows_written.fetch_add(rows as u64, Ordering::Relaxed);
                 bytes_written.fetch_add((rows * row_bytes) as u64, Ordering::Relaxed);
@@ -220,22 +235,26 @@ fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Compositi
         not_finite: AtomicU32::new(u32::MAX),
     };
     target.live.inplace_op1(&rewrite)?;
-    let row = rewrite.not_finite.into_inner();
-    if row == u32::MAX {
-        return Ok(terms.rows.len());
+    match rewrite.not_finite.into_inner() {
+        u32::MAX => Ok(terms.rows.len()),
+        row => Err(not_finite(target, index, composition, row)),
     }
+}
+
+/// The error about a row that does not stay finite: it names the adapters that own it.
+pub(super) fn not_finite(target: &Target, index: usize, composition: &Composition, row: u32) -> Error {
     let names: Vec<&str> = composition
         .adapters()
         .iter()
         .filter(|placed| placed.layer(index).is_some_and(|layer| layer.rows.binary_search(&row).is_ok()))
         .map(|placed| placed.name())
         .collect();
-    Err(Error::Incompatible {
+    Error::Incompatible {
         adapter: names.join("\", \""),
         reason: format!(
             "row {row} of {} does not stay finite in {:?}; lower the weight (nothing was changed)",
             target.info.name,
             target.live.dtype()
         ),
-    })
+    }
 }

@@ -4,9 +4,11 @@
 //! `W[p] = W0[p] + sum_i c_ip scale_i B_i[p] A_i`, straight into the live tensors.
 
 mod adapter;
-mod blocklora;
 mod composition;
 pub mod conflicts;
+mod dense;
+#[cfg(test)]
+mod dense_tests;
 mod kernel;
 mod kernel_copy;
 #[cfg(target_arch = "x86_64")]
@@ -15,11 +17,8 @@ mod merger;
 pub mod strategy;
 #[cfg(test)]
 mod tests;
-mod weighted_average;
 
 pub use adapter::{AdapterFactors, AdapterLayer};
-pub use blocklora::{Blocklora, Clash, Normalise};
 pub use kernel::Isa;
 pub(crate) use kernel_copy::{copy_rows, is_pristine};
 pub use merger::{MergeReport, Merger, Target};
-pub use weighted_average::WeightedAverage;

@@ -34,6 +34,8 @@ pub struct Factors<'a> {
 pub trait AdapterView: Send + Sync {
     /// Its name.
     fn name(&self) -> &str;
+    /// SHA-256 of its content in hex; adapters come ascending by it.
+    fn digest(&self) -> &str;
     /// The caller's weight for it; 1 is "as trained".
     fn weight(&self) -> f32;
     /// Its factors on layer `layer` (an index into the layers given to `plan`), if it changes that layer.
@@ -58,13 +60,78 @@ pub struct Term {
     pub coefficients: Coefficients,
 }
 
-/// What happens to each layer, in the order of the layers given to `plan`. An empty list leaves it pristine.
-pub type Plan = Vec<Vec<Term>>;
+/// What happens to one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LayerPlan {
+    /// These terms are added, each adapter at most once. None leave the layer pristine.
+    Factored(Vec<Term>),
+    /// The strategy computes the change of the weight itself, tile by tile, from these numbers of its own and the
+    /// adapters.
+    Dense(Arc<[f32]>),
+}
 
-/// Decides the coefficients with which adapters add up.
+impl Default for LayerPlan {
+    fn default() -> Self {
+        Self::Factored(Vec::new())
+    }
+}
+
+/// What happens to each layer, in the order of the layers given to `plan`.
+pub type Plan = Vec<LayerPlan>;
+
+/// Some rows of a layer that is planned dense.
+#[derive(Clone, Copy)]
+pub struct Tile<'a> {
+    /// Index of the layer.
+    pub index: usize,
+    /// The layer.
+    pub layer: &'a LayerInfo,
+    /// The adapters given to `plan`.
+    pub adapters: &'a [&'a dyn AdapterView],
+    /// The numbers that the plan has for this layer.
+    pub numbers: &'a [f32],
+    /// The first row.
+    pub first_row: usize,
+    /// How many.
+    pub rows: usize,
+}
+
+/// Decides how adapters add up.
 pub trait MergeStrategy: Send + Sync {
     /// Its id, as users name it.
-    fn id(&self) -> &'static str;
+    fn id(&self) -> &str;
+    /// What tells its results from those of another strategy or of other settings, for the same adapters.
+    fn fingerprint(&self) -> &str;
     /// The plan for `adapters` (in canonical order) on `layers`. Errors name the adapters at fault and the cure.
     fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan>;
+    /// Writes the change of a tile's rows to `delta`, [rows, columns] row-major and zero on entry. Called from several
+    /// threads at once; the result must not depend on how rows are cut into tiles.
+    fn fill(&self, tile: Tile<'_>, delta: &mut [f32]) -> Result<()>;
+}
+
+/// Every adapter at the caller's weight, whoever owns its rows: `W = W0 + sum_i weight_i delta_i`. What measurements and
+/// tests of the kernel use.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sum;
+
+impl MergeStrategy for Sum {
+    fn id(&self) -> &str {
+        "sum"
+    }
+    fn fingerprint(&self) -> &str {
+        "sum"
+    }
+    fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan> {
+        let term = |index| {
+            move |(adapter, view): (usize, &&dyn AdapterView)| {
+                view.factors(index)?;
+                Some(Term { adapter, coefficients: Coefficients::Uniform(view.weight()) })
+            }
+        };
+        let layer = |index| LayerPlan::Factored(adapters.iter().enumerate().filter_map(term(index)).collect());
+        Ok((0..layers.len()).map(layer).collect())
+    }
+    fn fill(&self, _tile: Tile<'_>, _delta: &mut [f32]) -> Result<()> {
+        Ok(())
+    }
 }

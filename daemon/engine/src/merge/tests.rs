@@ -9,13 +9,13 @@ use candle_core::{DType, Device, Tensor};
 use tempfile::TempDir;
 
 use super::conflicts::conflicts;
-use super::strategy::{AdapterView, Coefficients, LayerInfo, MergeStrategy, Plan, Term};
+use super::strategy::{AdapterView, Coefficients, LayerInfo, LayerPlan, MergeStrategy, Plan, Sum, Term, Tile};
 use super::*;
 use crate::error::Result;
 use crate::rng::{Rng, Stream};
 use crate::weights::WeightFile;
 
-const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(super) const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// Widths with and without whole cache lines, and layers with fewer rows than slots.
 const SHAPES: [(usize, usize); 6] = [(64, 128), (48, 320), (33, 77), (20, 1), (7, 31), (96, 96)];
 const CAPACITY: usize = 16;
@@ -25,12 +25,12 @@ fn infos() -> Vec<LayerInfo> {
 }
 
 /// A random model of `SHAPES` in a mapped file of `stored` type, live in `live` type.
-struct Model {
+pub(super) struct Model {
     targets: Vec<Target>,
     _folder: TempDir,
 }
 
-fn model(stored: DType, live: DType) -> Model {
+pub(super) fn model(stored: DType, live: DType) -> Model {
     let mut rng = Rng::new(1, Stream::Test, 0, 0);
     let tensors: BTreeMap<String, Tensor> = infos()
         .into_iter()
@@ -53,14 +53,14 @@ fn model(stored: DType, live: DType) -> Model {
 
 impl Model {
     /// Every bit of the live weights, layer by layer, row by row.
-    fn bits(&self) -> Vec<Vec<Vec<u32>>> {
+    pub(super) fn bits(&self) -> Vec<Vec<Vec<u32>>> {
         let layer = |target: &Target| {
             let rows = target.live.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
             rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
         };
         self.targets.iter().map(layer).collect()
     }
-    fn merger(&self) -> Merger {
+    pub(super) fn merger(&self) -> Merger {
         Merger::new(self.targets.clone()).unwrap()
     }
 }
@@ -73,7 +73,7 @@ fn strided(slot: usize, m: usize) -> Vec<u32> {
     (slot..m).step_by(CAPACITY).map(|p| p as u32).collect()
 }
 
-fn adapter(name: &str, seed: u64, rank: usize, rows_of: impl Fn(usize) -> Vec<u32>) -> Arc<AdapterFactors> {
+pub(super) fn adapter(name: &str, seed: u64, rank: usize, rows_of: impl Fn(usize) -> Vec<u32>) -> Arc<AdapterFactors> {
     let mut rng = Rng::new(seed, Stream::Test, 1, 0);
     let layers = infos().into_iter().map(|LayerInfo { name, rows: outputs, columns }| {
         let rows = rows_of(outputs);
@@ -83,15 +83,54 @@ fn adapter(name: &str, seed: u64, rank: usize, rows_of: impl Fn(usize) -> Vec<u3
     Arc::new(AdapterFactors::new(name, 0.37, layers.collect()).unwrap())
 }
 
-fn disjoint(count: usize, rank: usize) -> Vec<Arc<AdapterFactors>> {
+pub(super) fn disjoint(count: usize, rank: usize) -> Vec<Arc<AdapterFactors>> {
     (0..count).map(|s| adapter(&format!("concept{s}"), 100 + s as u64, rank, |m| block(s, m))).collect()
 }
 
-fn at_one(adapters: &[Arc<AdapterFactors>]) -> Vec<(Arc<AdapterFactors>, f32)> {
+pub(super) fn at_one(adapters: &[Arc<AdapterFactors>]) -> Vec<(Arc<AdapterFactors>, f32)> {
     adapters.iter().map(|adapter| (adapter.clone(), 1.0)).collect()
 }
 
-const MEAN: Blocklora = Blocklora { normalise: Normalise::Owners, clash: Clash::Mean };
+pub(super) fn sum() -> Arc<dyn MergeStrategy> {
+    Arc::new(Sum)
+}
+
+/// A strategy of coefficients: `coefficient(weight, owners of the row)`.
+struct PerRow(&'static str, fn(f32, usize) -> f32);
+
+impl MergeStrategy for PerRow {
+    fn id(&self) -> &str {
+        self.0
+    }
+    fn fingerprint(&self) -> &str {
+        self.0
+    }
+    fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan> {
+        let layer = |index: usize| {
+            let owners =
+                |row| adapters.iter().filter(|a| a.factors(index).is_some_and(|f| f.rows.contains(row))).count();
+            let term = |(adapter, view): (usize, &&dyn AdapterView)| {
+                let rows = view.factors(index)?.rows;
+                let coefficients = rows.iter().map(|row| (self.1)(view.weight(), owners(row))).collect();
+                Some(Term { adapter, coefficients: Coefficients::PerRow(coefficients) })
+            };
+            LayerPlan::Factored(adapters.iter().enumerate().filter_map(term).collect())
+        };
+        Ok((0..layers.len()).map(layer).collect())
+    }
+    fn fill(&self, _: Tile<'_>, _: &mut [f32]) -> Result<()> {
+        unreachable!("nothing is planned dense")
+    }
+}
+
+/// The owners' mean.
+fn mean() -> Arc<dyn MergeStrategy> {
+    Arc::new(PerRow("mean", |weight, owners| weight / owners as f32))
+}
+
+fn tenth() -> Arc<dyn MergeStrategy> {
+    Arc::new(PerRow("tenth", |weight, _| 0.1 * weight))
+}
 
 #[test]
 fn any_order_gives_the_same_bits() {
@@ -102,13 +141,13 @@ fn any_order_gives_the_same_bits() {
         let mut list: Vec<_> =
             adapters.iter().zip([1.0, 0.5, -0.25, 2.0, 0.1, 0.7]).map(|(a, w)| (a.clone(), w)).collect();
         let mut merger = model.merger();
-        merger.apply(&list, &MEAN).unwrap();
+        merger.apply(&list, &mean()).unwrap();
         let expected = model.bits();
         let mut rng = Rng::new(3, Stream::Test, 0, 0);
         for _ in 0..10 {
             rng.shuffle(&mut list);
-            merger.apply(&[], &MEAN).unwrap();
-            merger.apply(&list, &MEAN).unwrap();
+            merger.apply(&[], &mean()).unwrap();
+            merger.apply(&list, &mean()).unwrap();
             assert_eq!(model.bits(), expected, "{dtype:?}");
         }
     }
@@ -134,7 +173,7 @@ fn a_hundred_random_swaps_equal_the_direct_merge() {
                     list.push((new, 1.0));
                 }
             }
-            merger.apply(&list, &MEAN).unwrap();
+            merger.apply(&list, &mean()).unwrap();
             if step % 20 == 19 {
                 direct.merger_from_scratch(&list);
                 assert_eq!(swapped.bits(), direct.bits(), "{stored:?} {live:?} after {step} steps");
@@ -150,7 +189,7 @@ impl Model {
             let pristine = target.pristine.load(target.live.dtype(), &Device::Cpu).unwrap();
             target.live.inplace_op2(&pristine, &Assign).unwrap();
         }
-        self.merger().apply(list, &MEAN).unwrap();
+        self.merger().apply(list, &mean()).unwrap();
     }
 }
 
@@ -180,11 +219,11 @@ fn removing_all_restores_the_files_bits() {
             let model = model(stored, live);
             let pristine = model.bits();
             let mut merger = model.merger();
-            let report = merger.apply(&at_one(&disjoint(15, 4)), &Blocklora::default()).unwrap();
+            let report = merger.apply(&at_one(&disjoint(15, 4)), &sum()).unwrap();
             assert_ne!(model.bits(), pristine);
             let owned: usize = SHAPES.iter().map(|&(m, _)| 15 * m / CAPACITY).sum();
             assert_eq!(report.rows_rewritten, owned as u64);
-            let back = merger.apply(&[], &Blocklora::default()).unwrap();
+            let back = merger.apply(&[], &sum()).unwrap();
             assert_eq!((back.rows_rewritten, back.layers_touched), (owned as u64, report.layers_touched));
             assert_eq!(model.bits(), pristine, "{stored:?} {live:?}");
         }
@@ -196,12 +235,12 @@ fn merged_rows_equal_solo_rows() {
     for dtype in TYPES {
         let (merged, solo) = (model(dtype, dtype), model(dtype, dtype));
         let adapters = disjoint(15, 4);
-        merged.merger().apply(&at_one(&adapters), &Blocklora::default()).unwrap();
+        merged.merger().apply(&at_one(&adapters), &sum()).unwrap();
         let merged = merged.bits();
         let pristine = solo.bits();
         let mut merger = solo.merger();
         for (slot, adapter) in adapters.iter().enumerate() {
-            merger.apply(&[(adapter.clone(), 1.0)], &Blocklora::default()).unwrap();
+            merger.apply(&[(adapter.clone(), 1.0)], &sum()).unwrap();
             for (layer, bits) in solo.bits().iter().enumerate() {
                 let rows = block(slot, bits.len());
                 for (p, row) in bits.iter().enumerate() {
@@ -256,22 +295,21 @@ fn a_merge_is_the_sum_of_the_deltas() {
         let model = model(DType::F32, live);
         let mut merger = model.merger();
         let adapter = adapter("one", 7, 4, |m| strided(3, m));
-        merger.apply(&[(adapter.clone(), 0.8)], &Blocklora::default()).unwrap();
+        merger.apply(&[(adapter.clone(), 0.8)], &sum()).unwrap();
         assert_near(&model, &reference(&model, &[(adapter, 0.8f32 as f64)]), live);
 
         let all = disjoint(15, 4);
-        merger.apply(&at_one(&all), &Blocklora::default()).unwrap();
+        merger.apply(&at_one(&all), &sum()).unwrap();
         assert_near(&model, &reference(&model, &all.iter().map(|a| (a.clone(), 1.0)).collect::<Vec<_>>()), live);
 
-        let sum1 = Blocklora { normalise: Normalise::Sum1, ..Default::default() };
-        merger.apply(&at_one(&all), &sum1).unwrap();
-        assert_near(&model, &reference(&model, &all.iter().map(|a| (a.clone(), 1.0 / 15.0)).collect::<Vec<_>>()), live);
+        merger.apply(&at_one(&all), &tenth()).unwrap();
+        assert_near(&model, &reference(&model, &all.iter().map(|a| (a.clone(), 0.1)).collect::<Vec<_>>()), live);
 
         let dense: Vec<_> =
             (0..9).map(|s| self::adapter(&format!("d{s}"), s, 4, |m| (0..m as u32).collect())).collect();
         let weights = [1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.5f32];
         let list: Vec<_> = dense.iter().cloned().zip(weights).collect();
-        merger.apply(&list, &WeightedAverage::default()).unwrap();
+        merger.apply(&list, &tenth()).unwrap();
         let list: Vec<_> = dense.iter().cloned().zip(weights.map(|w| w as f64 / 10.0)).collect();
         assert_near(&model, &reference(&model, &list), live);
     }
@@ -285,7 +323,7 @@ fn every_instruction_set_gives_the_same_bits() {
             list.push((adapter("all", 9, 7, |m| (0..m as u32).collect()), 0.3));
             let merge = |isa| {
                 let model = model(stored, live);
-                model.merger().with_isa(isa).apply(&list, &MEAN).unwrap();
+                model.merger().with_isa(isa).apply(&list, &mean()).unwrap();
                 model.bits()
             };
             let expected = merge(Isa::Portable);
@@ -302,51 +340,40 @@ fn only_changed_rows_are_rewritten() {
     let mut merger = model.merger();
     let adapters = disjoint(15, 4);
     let mut list = at_one(&adapters);
-    merger.apply(&list, &Blocklora::default()).unwrap();
-    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, 0);
+    merger.apply(&list, &sum()).unwrap();
+    assert_eq!(merger.apply(&list, &sum()).unwrap().rows_rewritten, 0);
     let rows_of = |slot| SHAPES.iter().map(|&(m, _)| block(slot, m).len() as u64).sum::<u64>();
     list[3] = (adapter("new", 999, 2, |m| block(3, m)), 1.0);
-    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(3));
+    assert_eq!(merger.apply(&list, &sum()).unwrap().rows_rewritten, rows_of(3));
     list[5].1 = 0.5;
-    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(5));
+    assert_eq!(merger.apply(&list, &sum()).unwrap().rows_rewritten, rows_of(5));
     list[5].1 = 0.0;
-    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, rows_of(5));
+    assert_eq!(merger.apply(&list, &sum()).unwrap().rows_rewritten, rows_of(5));
     list.remove(5);
-    assert_eq!(merger.apply(&list, &Blocklora::default()).unwrap().rows_rewritten, 0);
+    assert_eq!(merger.apply(&list, &sum()).unwrap().rows_rewritten, 0);
     assert_eq!(merger.composition().count(), 14);
 }
 
 /// Merges `adapters` after a good composition and expects an error with all of `words`, and no bit changed.
-fn refuses(adapters: &[(Arc<AdapterFactors>, f32)], strategy: &dyn MergeStrategy, words: &[&str]) {
+fn refuses(adapters: &[(Arc<AdapterFactors>, f32)], strategy: &Arc<dyn MergeStrategy>, words: &[&str]) {
     for live in TYPES {
         let model = model(DType::F32, live);
         let mut merger = model.merger();
         let good = at_one(&disjoint(3, 4));
-        merger.apply(&good, &Blocklora::default()).unwrap();
+        merger.apply(&good, &sum()).unwrap();
         let before = model.bits();
         let error = merger.apply(adapters, strategy).unwrap_err().to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{error:?} lacks one of {words:?}");
         assert!(model.bits() == before, "{error}: a bit changed");
-        assert_eq!(merger.apply(&good, &Blocklora::default()).unwrap().rows_rewritten, 0);
+        assert_eq!(merger.apply(&good, &sum()).unwrap().rows_rewritten, 0);
     }
-}
-
-#[test]
-fn clashes_name_both_and_the_cure() {
-    let list = at_one(&[adapter("milo", 1, 2, |m| block(2, m)), adapter("zuko", 2, 2, |m| block(2, m))]);
-    refuses(&list, &Blocklora::default(), &["milo", "zuko", "row", "clash"]);
 }
 
 #[test]
 fn bad_input_changes_nothing() {
     let one = adapter("one", 1, 2, |m| block(2, m));
-    refuses(&[(one.clone(), f32::NAN)], &MEAN, &["one", "NaN", "finite"]);
-    refuses(&[(one.clone(), 1.0), (one.clone(), 2.0)], &MEAN, &["one", "twice"]);
-    refuses(
-        &[(one.clone(), 1.0), (adapter("two", 2, 2, |m| block(3, m)), -1.0)],
-        &WeightedAverage::default(),
-        &["sum"],
-    );
+    refuses(&[(one.clone(), f32::NAN)], &mean(), &["one", "NaN", "finite"]);
+    refuses(&[(one.clone(), 1.0), (one.clone(), 2.0)], &mean(), &["one", "twice"]);
     let layer = |name: &str, outputs, columns| AdapterLayer {
         name: name.into(),
         outputs,
@@ -357,29 +384,37 @@ fn bad_input_changes_nothing() {
         b: vec![1.0],
     };
     let foreign = |layer| vec![(Arc::new(AdapterFactors::new("x", 1.0, vec![layer]).unwrap()), 1.0)];
-    refuses(&foreign(layer("mid.to_q", 4, 4)), &MEAN, &["x", "mid.to_q", "not in this model"]);
-    refuses(&foreign(layer("layer64x128", 64, 127)), &MEAN, &["layer64x128", "64 x 127", "64 x 128"]);
+    refuses(&foreign(layer("mid.to_q", 4, 4)), &mean(), &["x", "mid.to_q", "not in this model"]);
+    refuses(&foreign(layer("layer64x128", 64, 127)), &mean(), &["layer64x128", "64 x 127", "64 x 128"]);
     let mut huge = layer("layer96x96", 96, 96);
     huge.b = vec![f32::MAX];
     huge.a = vec![4.0; 96];
-    refuses(&foreign(huge), &MEAN, &["\"x\"", "row 0", "layer96x96", "finite"]);
+    refuses(&foreign(huge), &mean(), &["\"x\"", "row 0", "layer96x96", "finite"]);
 }
 
 #[test]
 fn a_strategys_plan_is_checked() {
     struct Fixed(Plan);
     impl MergeStrategy for Fixed {
-        fn id(&self) -> &'static str {
+        fn id(&self) -> &str {
+            "fixed"
+        }
+        fn fingerprint(&self) -> &str {
             "fixed"
         }
         fn plan(&self, _: &[LayerInfo], _: &[&dyn AdapterView]) -> Result<Plan> {
             Ok(self.0.clone())
         }
+        fn fill(&self, _: Tile<'_>, _: &mut [f32]) -> Result<()> {
+            unreachable!("nothing is planned dense")
+        }
     }
     let list = at_one(&[adapter("one", 1, 2, |m| block(2, m))]);
     let term = |adapter, coefficients| Term { adapter, coefficients };
-    let plan = |first: Vec<Term>| Fixed(std::iter::once(first).chain((1..SHAPES.len()).map(|_| vec![])).collect());
-    refuses(&list, &Fixed(vec![]), &["fixed", "0 layers"]);
+    let fixed = |plan| -> Arc<dyn MergeStrategy> { Arc::new(Fixed(plan)) };
+    let rest = || (1..SHAPES.len()).map(|_| LayerPlan::default());
+    let plan = |first: Vec<Term>| fixed(std::iter::once(LayerPlan::Factored(first)).chain(rest()).collect());
+    refuses(&list, &fixed(vec![]), &["fixed", "0 layers"]);
     refuses(&list, &plan(vec![term(1, Coefficients::Uniform(1.0))]), &["no adapter 1"]);
     refuses(&list, &plan(vec![term(0, Coefficients::Uniform(1.0)); 2]), &["twice"]);
     refuses(&list, &plan(vec![term(0, Coefficients::Uniform(f32::INFINITY))]), &["one", "inf"]);

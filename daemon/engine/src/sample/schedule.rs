@@ -1,4 +1,4 @@
-//! The training noise schedule, and which of its timesteps a sampler visits.
+//! The training noise schedule.
 
 use crate::error::{Error, Result};
 
@@ -79,62 +79,15 @@ impl NoiseSchedule {
         alpha_sigma(1.0 / (sigma * sigma + 1.0))
     }
 
-    /// (alpha, sigma) after the last step.
-    pub fn final_alpha_sigma(&self) -> (f32, f32) {
-        alpha_sigma(if self.set_alpha_to_one { 1.0 } else { self.alphas_cumprod[0] as f64 })
-    }
-
     /// Noise-to-signal ratio sigma_t / alpha_t at timestep `t`: the sigma of k-diffusion and of EDM.
     pub fn sigma(&self, t: usize) -> f64 {
         let alpha_cumprod = self.alphas_cumprod[t] as f64;
         ((1.0 - alpha_cumprod) / alpha_cumprod).sqrt()
     }
-
-    /// The `steps` timesteps to visit, falling. Fails unless 1 <= steps <= num_train_timesteps.
-    pub fn timesteps(&self, steps: usize) -> Result<Vec<usize>> {
-        let trained = self.num_train_timesteps();
-        self.check_steps(steps, trained)?;
-        let last = (trained - 1) as f64;
-        let spaced = |i: usize| match self.spacing {
-            TimestepSpacing::Leading => (steps - 1 - i) * (trained / steps) + self.steps_offset,
-            TimestepSpacing::Linspace if steps == 1 => 0,
-            TimestepSpacing::Linspace => {
-                ((steps - 1 - i) as f64 * last / (steps - 1) as f64).round_ties_even() as usize
-            }
-            TimestepSpacing::Trailing => trailing(trained, steps, i),
-        };
-        Ok((0..steps).map(|i| spaced(i).min(trained - 1)).collect())
-    }
-
-    /// The same for multistep solvers, which leave out the last of `steps` + 1 evenly spaced timesteps (diffusers'
-    /// DPMSolverMultistepScheduler). Fails unless 1 <= steps < num_train_timesteps.
-    pub fn multistep_timesteps(&self, steps: usize) -> Result<Vec<usize>> {
-        let trained = self.num_train_timesteps();
-        self.check_steps(steps, trained - 1)?;
-        let last = (trained - 1) as f64;
-        let spaced = |i: usize| match self.spacing {
-            TimestepSpacing::Leading => (steps - i) * (trained / (steps + 1)) + self.steps_offset,
-            TimestepSpacing::Linspace => ((steps - i) as f64 * last / steps as f64).round_ties_even() as usize,
-            TimestepSpacing::Trailing => trailing(trained, steps, i),
-        };
-        Ok((0..steps).map(|i| spaced(i).min(trained - 1)).collect())
-    }
-
-    fn check_steps(&self, steps: usize, most: usize) -> Result<()> {
-        if (1..=most).contains(&steps) {
-            return Ok(());
-        }
-        Err(Error::option("steps", steps, format!("must be 1 to {most} for this model's noise schedule and sampler")))
-    }
 }
 
 fn alpha_sigma(alpha_cumprod: f64) -> (f32, f32) {
     (alpha_cumprod.sqrt() as f32, (1.0 - alpha_cumprod).sqrt() as f32)
-}
-
-fn trailing(trained: usize, steps: usize, i: usize) -> usize {
-    let t = (trained as f64 - i as f64 * (trained as f64 / steps as f64)).round_ties_even();
-    (t as usize).saturating_sub(1)
 }
 
 fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
@@ -149,30 +102,6 @@ mod tests {
 
     fn stable_diffusion() -> NoiseSchedule {
         NoiseSchedule { steps_offset: 1, ..NoiseSchedule::scaled_linear(0.00085, 0.012, 1000).unwrap() }
-    }
-
-    #[test]
-    fn leading_timesteps_are_multiples_of_the_stride_plus_the_offset() {
-        let timesteps = stable_diffusion().timesteps(20).unwrap();
-        assert_eq!((timesteps[0], timesteps[1], timesteps[19]), (951, 901, 1));
-        let timesteps = stable_diffusion().multistep_timesteps(20).unwrap();
-        assert_eq!((timesteps[0], timesteps[19]), (941, 48));
-    }
-
-    #[test]
-    fn every_count_of_steps_stays_inside_the_schedule() {
-        for spacing in [TimestepSpacing::Leading, TimestepSpacing::Linspace, TimestepSpacing::Trailing] {
-            let schedule = NoiseSchedule { spacing, ..stable_diffusion() };
-            for steps in [1, 2, 3, 7, 50, 333, 999, 1000] {
-                let timesteps = schedule.timesteps(steps).unwrap();
-                assert_eq!(timesteps.len(), steps);
-                assert!(timesteps.iter().all(|&t| t < 1000), "{spacing:?} {steps}");
-                assert!(timesteps.is_sorted_by(|a, b| a >= b), "{spacing:?} {steps}");
-            }
-            assert!(schedule.timesteps(0).is_err());
-            assert!(schedule.timesteps(1001).is_err());
-            assert!(schedule.multistep_timesteps(1000).is_err());
-        }
     }
 
     #[test]

@@ -4,11 +4,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::concept::Concept;
-use super::config::TrainConfig;
 use super::dataset::Dataset;
 use super::engine_host::{EngineHost, Progress};
-use super::host::Trainer;
+use super::host::{Concept, Trainer};
 use crate::error::{Error, Result};
 use crate::image::Picture;
 use crate::model::Model;
@@ -31,15 +29,13 @@ pub struct BenchStep {
     pub parameters: usize,
 }
 
-/// Runs `config.steps` training steps of `trainer` on pictures of noise and reports what they cost. Nothing is written.
-pub fn bench_step(
-    model: &Model,
-    trainer: &dyn Fn(Concept, TrainConfig) -> Box<dyn Trainer>,
-    class_word: &str,
-    config: &TrainConfig,
-) -> Result<BenchStep> {
-    if config.steps < 2 {
-        return Err(Error::option("steps", config.steps, "at least 2 are needed: the first one warms up"));
+/// Runs the training of `trainer`, with `batch_size` pictures per step, on pictures of noise and reports what its steps
+/// cost. Nothing is written.
+pub fn bench_step(model: &Model, trainer: &dyn Trainer, class_word: &str, batch_size: usize) -> Result<BenchStep> {
+    let concept = Concept { name: "bench".into(), class_word: class_word.into(), kind: blocklora_spec::Kind::Subject };
+    let steps = trainer.plan(&concept)?.steps;
+    if steps < 2 {
+        return Err(Error::option("steps", steps, "at least 2 are needed: the first one warms up"));
     }
     let side = model.latent_shape().1 * model.vae().downscale();
     let mut rng = Rng::new(0, Stream::Test, 0, 0);
@@ -47,21 +43,20 @@ pub fn bench_step(
         .map(|_| Ok((Picture::new(side, side, noise(&mut rng, 3 * side * side))?, None)))
         .collect::<Result<Vec<_>>>()?;
     let dataset = Dataset::from_pictures(pictures)?;
-    let mut times = Vec::with_capacity(config.steps);
+    let mut times = Vec::with_capacity(steps);
     let mut last = Instant::now();
     let mut record = |_: Progress| {
         times.push(last.elapsed().as_secs_f64() * 1e3);
         last = Instant::now();
         Ok(())
     };
-    let concept = Concept { name: "bench".into(), class_word: class_word.into(), kind: blocklora_spec::Kind::Subject };
-    let mut host = EngineHost::new(model, &dataset, 0, None, false, &mut record);
-    let parameters = trainer(concept, config.clone()).train(&mut host)?.tensors().map(Vec::len).sum();
+    let mut host = EngineHost::new(model, &concept, &dataset, 0, None, false, &mut record);
+    let parameters = trainer.train(&mut host)?.tensors().map(Vec::len).sum();
     let mut times = times.split_off(1);
     times.sort_by(f64::total_cmp);
     Ok(BenchStep {
         steps: times.len(),
-        batch_size: config.batch_size,
+        batch_size,
         step_ms: times[times.len() / 2],
         step_ms_range: [times[0], times[times.len() - 1]],
         peak_resident_bytes: peak_resident_bytes(),

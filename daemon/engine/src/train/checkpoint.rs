@@ -17,6 +17,8 @@ struct Header {
     step: usize,
     factors: Vec<FactorHeader>,
     tokens: Vec<(String, usize)>,
+    /// Number of the optimiser's tensors.
+    optimiser: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -25,6 +27,7 @@ struct FactorHeader {
     rows: Vec<u32>,
     rank: usize,
     scale: f32,
+    a_is_frozen: bool,
 }
 
 /// Where a run keeps its checkpoint.
@@ -46,16 +49,19 @@ impl Checkpoint {
                 .parameters
                 .factors
                 .iter()
-                .map(|f| FactorHeader { layer: f.layer, rows: f.rows.to_vec(), rank: f.rank, scale: f.scale })
+                .map(|f| FactorHeader {
+                    layer: f.layer,
+                    rows: f.rows.to_vec(),
+                    rank: f.rank,
+                    scale: f.scale,
+                    a_is_frozen: f.a_is_frozen,
+                })
                 .collect(),
             tokens: state.parameters.tokens.iter().map(|t| (t.name.clone(), t.layers)).collect(),
+            optimiser: state.optimiser.len(),
         };
         let mut bytes: Vec<(String, Vec<u8>)> = Vec::new();
-        let groups = [
-            ("theta", collect(state.parameters.tensors())),
-            ("m", collect(state.first_moments.iter())),
-            ("v", collect(state.second_moments.iter())),
-        ];
+        let groups = [("theta", collect(state.parameters.tensors())), ("optimiser", collect(state.optimiser.iter()))];
         for (group, tensors) in groups {
             bytes.extend(tensors.into_iter().enumerate().map(|(i, data)| (format!("{group}.{i:05}"), data)));
         }
@@ -113,6 +119,7 @@ impl Checkpoint {
                 scale: f.scale,
                 a: read("theta", 2 * i, None)?,
                 b: read("theta", 2 * i + 1, Some(f.rows.len() * f.rank))?,
+                a_is_frozen: f.a_is_frozen,
             });
         }
         let first_token = 2 * header.factors.len();
@@ -120,12 +127,8 @@ impl Checkpoint {
             let values = read("theta", first_token + i, None)?;
             parameters.tokens.push(TokenFactors { name: name.clone(), layers: *layers, values });
         }
-        let sizes: Vec<usize> = parameters.tensors().map(Vec::len).collect();
-        let moments = |group: &str| -> Result<Vec<Vec<f32>>> {
-            sizes.iter().enumerate().map(|(i, &len)| read(group, i, Some(len))).collect()
-        };
-        let (first_moments, second_moments) = (moments("m")?, moments("v")?);
-        Ok(Some(TrainState { step: header.step, parameters, first_moments, second_moments }))
+        let optimiser = (0..header.optimiser).map(|i| read("optimiser", i, None)).collect::<Result<Vec<Vec<f32>>>>()?;
+        Ok(Some(TrainState { step: header.step, parameters, optimiser }))
     }
 
     /// Removes the file; it may be missing.

@@ -1,18 +1,22 @@
 //! The engine as a trainer's host: losses and gradients on the real model.
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 
 use super::checkpoint::Checkpoint;
 use super::dataset::Dataset;
-use super::host::{ErasureMasks, Parameters, Sample, TrainHost, TrainState};
+use super::host::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState};
 use crate::error::{Error, Result};
+use crate::generate::{GenerateRequest, generate};
 use crate::merge::strategy::LayerInfo;
 use crate::model::{Model, Prediction};
 use crate::nn::{Forward, TrainingAdapter};
 use crate::ops::LoraBranch;
 use crate::rng::{Rng, Stream};
+use crate::sample::Sampler;
 use crate::text::{self, ConceptSlots, Prompt, TokenisedPrompt};
 
 /// What a training run tells its caller after each step.
@@ -26,10 +30,17 @@ pub struct Progress {
     pub loss: f32,
 }
 
+/// What draws pictures for trainers that ask for some.
+pub type PriorSampler = Arc<dyn Sampler>;
+
 /// Runs training steps on a model for one concept's dataset.
 pub struct EngineHost<'a> {
     model: &'a Model,
+    concept: &'a Concept,
     dataset: &'a Dataset,
+    /// Pictures drawn for the trainer; their indices follow those of the dataset.
+    drawn: Vec<Dataset>,
+    sampler: Option<PriorSampler>,
     seed: u64,
     /// Side of the training canvas in pixels.
     canvas: usize,
@@ -46,6 +57,7 @@ impl<'a> EngineHost<'a> {
     /// continues from what is there.
     pub fn new(
         model: &'a Model,
+        concept: &'a Concept,
         dataset: &'a Dataset,
         seed: u64,
         checkpoint: Option<(Checkpoint, usize)>,
@@ -55,7 +67,39 @@ impl<'a> EngineHost<'a> {
         let (channels, height, width) = model.latent_shape();
         let latent_shape = [channels, height, width];
         let canvas = height * model.vae().downscale();
-        Self { model, dataset, seed, canvas, latent_shape, checkpoint, resume, progress, posteriors: HashMap::new() }
+        Self {
+            model,
+            concept,
+            dataset,
+            drawn: Vec::new(),
+            sampler: None,
+            seed,
+            canvas,
+            latent_shape,
+            checkpoint,
+            resume,
+            progress,
+            posteriors: HashMap::new(),
+        }
+    }
+
+    /// The same with a sampler for trainers that ask for pictures.
+    pub fn with_sampler(mut self, sampler: Option<PriorSampler>) -> Self {
+        self.sampler = sampler;
+        self
+    }
+
+    /// The dataset that has picture `index`, and its index there.
+    fn picture(&self, index: usize) -> Result<(&Dataset, usize)> {
+        let mut local = index;
+        for dataset in std::iter::once(self.dataset).chain(&self.drawn) {
+            match local.checked_sub(dataset.len()) {
+                None => return Ok((dataset, local)),
+                Some(rest) => local = rest,
+            }
+        }
+        let all = index - local;
+        Err(Error::option("picture", index, format!("there are {all}")))
     }
 
     fn device(&self) -> &Device {
@@ -65,13 +109,13 @@ impl<'a> EngineHost<'a> {
     /// z_0 [1, C, H, W] (scaled) of a sample, and which latent pixels count, [H * W].
     fn latents(&mut self, sample: &Sample) -> Result<(Tensor, Vec<f32>)> {
         let [channels, height, width] = self.latent_shape;
-        let plain = self.dataset.is_plain(sample.picture, &sample.placement);
+        let (dataset, local) = self.picture(sample.picture)?;
+        let plain = dataset.is_plain(local, &sample.placement);
         let cached = if plain { self.posteriors.get(&sample.picture).cloned() } else { None };
         let (mean, log_variance, mask) = match cached {
             Some((mean, log_variance)) => (mean, log_variance, vec![1.0; height * width]),
             None => {
-                let device = self.device().clone();
-                let (pixels, covered) = self.dataset.place(sample.picture, &sample.placement, self.canvas, &device)?;
+                let (pixels, covered) = dataset.place(local, &sample.placement, self.canvas, self.device())?;
                 let (mean, log_variance) = self.model.vae().encode(&pixels)?;
                 if plain {
                     self.posteriors.insert(sample.picture, (mean.clone(), log_variance.clone()));
@@ -132,13 +176,15 @@ impl Variables {
                 .ok_or_else(|| Error::option("layer", f.layer, format!("the model has {} layers", layers.len())))?;
             let a = Var::from_slice(&f.a, (f.rank, layer.columns), device)?;
             let b = Var::from_slice(&f.b, (f.rows.len(), f.rank), device)?;
+            // A tensor that is no variable gets no gradient.
+            let a_used = if f.a_is_frozen { a.as_detached_tensor() } else { a.as_tensor().clone() };
             let mask = match masks.get(i) {
                 None => None,
                 Some(mask) if mask.len() == f.rows.len() => Some(Tensor::from_slice(mask, f.rows.len(), device)?),
                 Some(mask) => Some(Tensor::from_slice(mask, (mask.len() / f.rows.len(), f.rows.len()), device)?),
             };
             let branch = LoraBranch { rows: f.rows.clone(), mask, scale: f.scale as f64 };
-            adapters[f.layer] = Some(TrainingAdapter { a: a.as_tensor().clone(), b: b.as_tensor().clone(), branch });
+            adapters[f.layer] = Some(TrainingAdapter { a: a_used, b: b.as_tensor().clone(), branch });
             factors.push((a, b));
         }
         let tokens = parameters
@@ -156,6 +202,14 @@ impl Variables {
 }
 
 impl TrainHost for EngineHost<'_> {
+    fn concept(&self) -> &Concept {
+        self.concept
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
     fn layers(&self) -> &[LayerInfo] {
         self.model.layers()
     }
@@ -203,7 +257,7 @@ impl TrainHost for EngineHost<'_> {
             let (z_t, target) = self.noised(&z, sample)?;
             // Each sample's error is averaged over the latent pixels that its picture covers.
             let counted = mask.iter().sum::<f32>().max(1.0) * channels as f32;
-            let mask: Vec<f32> = mask.iter().map(|m| m / counted).collect();
+            let mask: Vec<f32> = mask.iter().map(|m| sample.weight * (m / counted)).collect();
             weights.push(Tensor::from_vec(mask, (1, 1, height, width), self.device())?);
             noised.push(z_t);
             targets.push(target);
@@ -229,8 +283,31 @@ impl TrainHost for EngineHost<'_> {
         Ok(loss.to_scalar()?)
     }
 
-    fn rng(&self, stream: Stream, step: usize, lane: usize) -> Rng {
-        Rng::new(self.seed, stream, step as u32, lane as u16)
+    fn check_prompt(&self, prompt: &str, tokens: usize) -> Result<()> {
+        tokenise(self.model, prompt, tokens).map(drop)
+    }
+
+    fn generate(&mut self, request: &PictureRequest) -> Result<Range<usize>> {
+        let start = self.dataset.len() + self.drawn.iter().map(Dataset::len).sum::<usize>();
+        let Some(sampler) = &self.sampler else {
+            return Err(Error::option("prior", request.count, "no sampler is at hand to draw pictures of the class"));
+        };
+        let seed = Rng::new(self.seed, Stream::Prior, self.drawn.len() as u32, 0).next_u32();
+        let request = GenerateRequest {
+            prompt: &request.prompt,
+            negative_prompt: "",
+            concepts: &[],
+            steps: request.steps,
+            guidance_scale: request.guidance_scale,
+            sampler: sampler.as_ref(),
+            seed: seed as u64,
+            width: self.canvas,
+            height: self.canvas,
+            count: request.count,
+        };
+        let pictures = generate(self.model, &request, &mut |_| Ok(()))?;
+        self.drawn.push(Dataset::from_pictures(pictures.into_iter().map(|picture| (picture, None)).collect())?);
+        Ok(start..start + request.count)
     }
 
     fn resume(&mut self) -> Result<Option<TrainState>> {
@@ -240,12 +317,12 @@ impl TrainHost for EngineHost<'_> {
         }
     }
 
-    fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()> {
-        let answer = (self.progress)(Progress { step: state.step, steps, loss });
+    fn step_done(&mut self, step: usize, state: &dyn Fn() -> TrainState, steps: usize, loss: f32) -> Result<()> {
+        let answer = (self.progress)(Progress { step, steps, loss });
         if let Some((checkpoint, every)) = &self.checkpoint
-            && (answer.is_err() || state.step.is_multiple_of(*every))
+            && (answer.is_err() || step.is_multiple_of(*every))
         {
-            checkpoint.save(state)?;
+            checkpoint.save(&state())?;
         }
         answer
     }

@@ -1,10 +1,57 @@
-//! What a trainer gets from its host, and what it must do. Plain data only: these shapes are what plugins get, too.
+//! What a trainer gets from its host, and what it must do. Plain data only.
 
+use std::ops::Range;
 use std::sync::Arc;
+
+use blocklora_spec::{Delta, Kind, Partition};
 
 use crate::error::Result;
 use crate::merge::strategy::LayerInfo;
-use crate::rng::{Rng, Stream};
+
+/// What is being taught.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Concept {
+    /// Its name: `<name>` in a prompt.
+    pub name: String,
+    /// The word for what it is, a single token of the model's vocabulary.
+    pub class_word: String,
+    /// What kind of thing it is.
+    pub kind: Kind,
+}
+
+/// What an adapter file says about itself besides the trained numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainPlan {
+    /// Steps of the whole training.
+    pub steps: usize,
+    /// Steps between two checkpoints, at least 1.
+    pub checkpoint_every: usize,
+    /// r of every layer's factors.
+    pub rank: usize,
+    /// alpha in the delta formula.
+    pub alpha: f32,
+    /// The delta formula.
+    pub delta: Delta,
+    /// Which rows the adapter owns; none means all.
+    pub partition: Option<Partition>,
+    /// The probability with which training erases an output; 0 without output erasure.
+    pub erasure_lambda: f32,
+    /// The names of the concept's tokens, in the order in which they stand in a prompt.
+    pub tokens: Vec<String>,
+}
+
+/// Pictures that the model is to draw for a trainer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PictureRequest {
+    /// What to draw; a plain prompt.
+    pub prompt: String,
+    /// How many pictures.
+    pub count: usize,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance scale; 1 is no guidance.
+    pub guidance_scale: f32,
+}
 
 /// The trainable factors of one layer: h = W0 x + scale * mask ⊙ (B A x) on `rows`.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +68,8 @@ pub struct LayerFactors {
     pub a: Vec<f32>,
     /// The owned rows of B, [rows, rank], row-major.
     pub b: Vec<f32>,
+    /// A is not trained; its gradient is zero.
+    pub a_is_frozen: bool,
 }
 
 /// One of a concept's names: its trainable vectors.
@@ -69,7 +118,7 @@ pub struct Placement {
 /// One sample of a training batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// Index of the picture in the dataset.
+    /// Index of the picture: in the dataset, and behind it those of [`TrainHost::generate`].
     pub picture: usize,
     /// How it is laid on the canvas; where the canvas stays empty, the loss does not count.
     pub placement: Placement,
@@ -81,6 +130,8 @@ pub struct Sample {
     pub noise: Vec<f32>,
     /// Standard normals for the VAE's posterior, of C * H * W numbers ([`TrainHost::latent_shape`]).
     pub posterior: Vec<f32>,
+    /// Multiplies this sample's error; 1 for an ordinary one.
+    pub weight: f32,
 }
 
 /// Erasure masks r(lambda) of a step, by position in [`Parameters::factors`]: `[rows]` shared by the whole batch, or
@@ -94,14 +145,16 @@ pub struct TrainState {
     pub step: usize,
     /// The parameters after them.
     pub parameters: Parameters,
-    /// First moments, in the order of [`Parameters::tensors`].
-    pub first_moments: Vec<Vec<f32>>,
-    /// Second moments, likewise.
-    pub second_moments: Vec<Vec<f32>>,
+    /// Whatever the optimiser carries from step to step: tensors of any number and length.
+    pub optimiser: Vec<Vec<f32>>,
 }
 
 /// The model and the data as a trainer sees them, and the services of its job.
 pub trait TrainHost {
+    /// What is taught.
+    fn concept(&self) -> &Concept;
+    /// The job's seed.
+    fn seed(&self) -> u64;
     /// The Linears that may be adapted.
     fn layers(&self) -> &[LayerInfo];
     /// Cross-attention layers of the UNet, in forward order: the number of vectors of a layer-wise token.
@@ -114,7 +167,12 @@ pub trait TrainHost {
     fn latent_shape(&self) -> [usize; 3];
     /// Timesteps of the training schedule.
     fn num_train_timesteps(&self) -> usize;
-    /// The mean squared error of the batch (only where pictures cover the canvas) and its gradients, written into
+    /// Whether `prompt`, in which `{}` stands for a concept of `tokens` tokens, fits the model; an error if not.
+    fn check_prompt(&self, prompt: &str, tokens: usize) -> Result<()>;
+    /// Draws pictures with the model as it is and puts them behind those that there are; returns their indices. The
+    /// job's seed and the request decide every pixel.
+    fn generate(&mut self, request: &PictureRequest) -> Result<Range<usize>>;
+    /// 1/N sum of weight * error over the batch, with the mean squared errors (only where pictures cover the canvas) and its gradients, written into
     /// `gradients` (same shape as `parameters`; resized if needed). Base weights never get gradients.
     fn loss_and_gradients(
         &mut self,
@@ -123,19 +181,19 @@ pub trait TrainHost {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32>;
-    /// Random numbers of the job, keyed by its seed.
-    fn rng(&self, stream: Stream, step: usize, lane: usize) -> Rng;
     /// The state to continue from, if the job is resumed.
     fn resume(&mut self) -> Result<Option<TrainState>>;
-    /// Called after every step with the loss; saves the state when one is due. [`crate::Error::Cancelled`], after
-    /// saving, if the caller has cancelled.
-    fn step_done(&mut self, state: &TrainState, steps: usize, loss: f32) -> Result<()>;
+    /// Called after every step (`step` are done) with the loss; makes and saves the state when that is due.
+    /// [`crate::Error::Cancelled`], after saving, if the caller has cancelled.
+    fn step_done(&mut self, step: usize, state: &dyn Fn() -> TrainState, steps: usize, loss: f32) -> Result<()>;
 }
 
 /// A trainer: turns pictures of a concept into parameters.
 pub trait Trainer: Send + Sync {
-    /// Its id, as users name it.
-    fn id(&self) -> &'static str;
+    /// What trained the adapter, as its file will say: id, version, digest and the whole configuration.
+    fn algorithm(&self) -> &blocklora_spec::Algorithm;
+    /// What else the file will say.
+    fn plan(&self, concept: &Concept) -> Result<TrainPlan>;
     /// Runs the whole training on `host`.
     fn train(&self, host: &mut dyn TrainHost) -> Result<Parameters>;
 }

@@ -5,30 +5,24 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use blocklora_spec::{
-    AdapterBuilder, Algorithm, Base, Delta, Layer, Manifest, NAME_RULE, Storage, Token, TokenVectors, Training, is_name,
+    AdapterBuilder, Base, Layer, Manifest, NAME_RULE, Storage, Token, TokenVectors, Training, is_name,
 };
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::Checkpoint;
-use super::concept::CONCEPT_TOKENS;
-use super::concept::Concept;
-use super::config::TrainConfig;
 use super::dataset::Dataset;
-use super::engine_host::{EngineHost, Progress, tokenise};
-use super::host::{Parameters, Trainer};
-use super::templates;
+use super::engine_host::{EngineHost, PriorSampler, Progress};
+use super::host::{Concept, Parameters, TrainPlan, Trainer};
 use crate::error::{Error, Result};
 use crate::merge::strategy::LayerInfo;
 use crate::model::Model;
 use crate::weights::hex;
 
 /// What to train and where to put it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct TrainRequest {
     /// The concept.
     pub concept: Concept,
-    /// The settings; written into the file.
-    pub config: TrainConfig,
     /// Decides every random number of the run.
     pub seed: u64,
     /// The adapter file to write.
@@ -41,6 +35,8 @@ pub struct TrainRequest {
     pub licence: Option<String>,
     /// When it was made (RFC 3339). Left out by default, so that the same run gives the same bytes.
     pub created: Option<String>,
+    /// Draws pictures of the class for trainers that ask for some.
+    pub sampler: Option<PriorSampler>,
 }
 
 impl TrainRequest {
@@ -72,28 +68,21 @@ pub fn train(
     request: &TrainRequest,
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<TrainReport> {
-    request.config.validate()?;
-    let name = &request.concept.name;
-    if !is_name(&format!("{name}-1")) {
-        return Err(Error::option("name", name, format!("with -1 and -2 behind it, it {NAME_RULE}")));
-    }
-    check_prompts(model, dataset, request)?;
+    let plan = trainer.plan(&request.concept)?;
+    check_plan(&plan, &request.concept)?;
     let started = Instant::now();
-    let config = serde_json::to_value(&request.config)
-        .map_err(|e| Error::option("config", "", format!("cannot be written as JSON: {e}")))?;
-    let checkpoint =
-        Checkpoint { path: request.checkpoint_path(), run: run_digest(model, dataset, trainer, request, &config) };
+    let checkpoint = Checkpoint { path: request.checkpoint_path(), run: run_digest(model, dataset, trainer, request) };
     if !request.resume && checkpoint.path.exists() {
         return Err(Error::invalid_file(
             &checkpoint.path,
             "a run that was interrupted left this checkpoint; continue it with --resume, or delete it to start anew",
         ));
     }
-    let every = request.config.checkpoint_every;
-    let mut host =
-        EngineHost::new(model, dataset, request.seed, Some((checkpoint.clone(), every)), request.resume, progress);
+    let saved = Some((checkpoint.clone(), plan.checkpoint_every));
+    let mut host = EngineHost::new(model, &request.concept, dataset, request.seed, saved, request.resume, progress)
+        .with_sampler(request.sampler.clone());
     let parameters = trainer.train(&mut host)?;
-    let digest = write(model, dataset, trainer, request, config, &parameters)?;
+    let digest = write(model, dataset, trainer, request, &plan, &parameters)?;
     checkpoint.remove()?;
     Ok(TrainReport {
         digest,
@@ -102,25 +91,54 @@ pub fn train(
     })
 }
 
-/// Every prompt that training may draw must fit the model: better said now than at step 700.
-fn check_prompts(model: &Model, dataset: &Dataset, request: &TrainRequest) -> Result<()> {
-    for template in templates::of_kind(request.concept.kind) {
-        for caption in dataset.captions().iter().flatten().map(String::as_str).chain(["{}"]) {
-            tokenise(model, &template.replace("{}", caption), CONCEPT_TOKENS)?;
+/// What the file will say must be right before anything is trained.
+fn check_plan(plan: &TrainPlan, concept: &Concept) -> Result<()> {
+    let name = &concept.name;
+    if !is_name(name) {
+        return Err(Error::option("name", name, format!("it {NAME_RULE}")));
+    }
+    if let Some(token) = plan.tokens.iter().find(|token| !is_name(token)) {
+        let behind = token.strip_prefix(name.as_str()).unwrap_or(token);
+        return Err(Error::option("name", name, format!("with {behind} behind it, it {NAME_RULE}")));
+    }
+    for (key, value) in [("steps", plan.steps), ("checkpoint_every", plan.checkpoint_every), ("rank", plan.rank)] {
+        if value == 0 {
+            return Err(Error::option(key, value, "must be 1 or more"));
         }
     }
     Ok(())
 }
 
+/// What was trained must be what the plan said.
+fn check_parameters(model: &Model, plan: &TrainPlan, parameters: &Parameters) -> Result<()> {
+    let wrong = |reason: String| Err(Error::option("trained parameters", "", reason));
+    let scale = match plan.delta {
+        blocklora_spec::Delta::Alpha => plan.alpha,
+        blocklora_spec::Delta::AlphaOverRank => plan.alpha / plan.rank as f32,
+    };
+    for f in &parameters.factors {
+        let LayerInfo { name, rows: m, columns } = &model.layers()[f.layer];
+        let rows = plan.partition.map_or_else(|| (0..*m as u32).collect(), |partition| partition.rows(*m));
+        if *f.rows != *rows || f.rank != plan.rank || f.scale.to_bits() != scale.to_bits() {
+            return wrong(format!("{name} has other rows, another rank or another scale than the trainer's plan"));
+        }
+        if f.a.len() != f.rank * columns || f.b.len() != f.rank * f.rows.len() {
+            return wrong(format!("{name} has factors of another size"));
+        }
+    }
+    if !parameters.tokens.iter().map(|t| &t.name).eq(&plan.tokens) {
+        return wrong("they have other tokens than the trainer's plan".into());
+    }
+    match parameters.tensors().flatten().find(|x| !x.is_finite()) {
+        Some(&value) => Err(Error::NotFinite { what: "a trained parameter".into(), value, step: plan.steps }),
+        None => Ok(()),
+    }
+}
+
 /// Digest of everything that decides the result, so that a checkpoint of another run is never continued.
-fn run_digest(
-    model: &Model,
-    dataset: &Dataset,
-    trainer: &dyn Trainer,
-    request: &TrainRequest,
-    config: &serde_json::Value,
-) -> String {
-    let mut config = config.clone();
+fn run_digest(model: &Model, dataset: &Dataset, trainer: &dyn Trainer, request: &TrainRequest) -> String {
+    let algorithm = trainer.algorithm();
+    let mut config = algorithm.config.clone();
     if let Some(config) = config.as_object_mut() {
         config.remove("checkpoint_every");
     }
@@ -128,7 +146,8 @@ fn run_digest(
     let parts = [
         model.digest(),
         dataset.digest(),
-        trainer.id(),
+        &algorithm.id,
+        &algorithm.version,
         &concept.name,
         &concept.class_word,
         &format!("{:?} {} {config}", concept.kind, request.seed),
@@ -146,9 +165,10 @@ fn write(
     dataset: &Dataset,
     trainer: &dyn Trainer,
     request: &TrainRequest,
-    config: serde_json::Value,
+    plan: &TrainPlan,
     parameters: &Parameters,
 ) -> Result<String> {
+    check_parameters(model, plan, parameters)?;
     let layers = model.layers();
     let manifest = Manifest {
         name: request.concept.name.clone(),
@@ -156,23 +176,14 @@ fn write(
         class_word: request.concept.class_word.clone(),
         tokens: parameters.tokens.iter().map(|t| Token { name: t.name.clone(), vectors: t.layers }).collect(),
         base: Base { architecture: model.architecture(), digest: model.digest().to_owned() },
-        algorithm: Algorithm {
-            id: trainer.id().to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            digest: None,
-            config,
-        },
-        partition: request.config.partition,
-        rank: request.config.rank,
-        alpha: request.config.alpha,
-        delta: Delta::Alpha,
+        algorithm: trainer.algorithm().clone(),
+        partition: plan.partition,
+        rank: plan.rank,
+        alpha: plan.alpha,
+        delta: plan.delta,
         outputs: BTreeMap::new(),
-        erasure_lambda: request.config.erasure.map_or(0.0, |e| e.lambda),
-        training: Training {
-            steps: request.config.steps as u64,
-            seed: request.seed,
-            data_digest: dataset.digest().to_owned(),
-        },
+        erasure_lambda: plan.erasure_lambda,
+        training: Training { steps: plan.steps as u64, seed: request.seed, data_digest: dataset.digest().to_owned() },
         licence: request.licence.clone(),
         created: request.created.clone(),
         tensor_digest: String::new(),

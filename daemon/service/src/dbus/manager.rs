@@ -349,7 +349,8 @@ async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
     // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
     let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
-    call.daemon.methods.trainer(&plugin, &config, &concept, tried)?;
+    let trainer = call.daemon.methods.trainer(&plugin, &config, tried)?;
+    trainer.plan(&concept).map_err(Error::from)?;
 
     let uid = call.caller.uid;
     let job = call

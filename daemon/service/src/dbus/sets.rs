@@ -127,6 +127,9 @@ impl AdapterView for View<'_> {
     fn name(&self) -> &str {
         self.factors.name()
     }
+    fn digest(&self) -> &str {
+        self.factors.digest()
+    }
     fn weight(&self) -> f32 {
         self.weight
     }

@@ -38,7 +38,8 @@ pub struct Options {
 }
 
 /// Runs the daemon until it is told to end.
-pub fn run(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
+/// `methods` are made from the configuration.
+pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
     raise_limits();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -85,7 +86,7 @@ fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
     Ok((config, files))
 }
 
-async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
+async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
     let (config, files) = read_config(options)?;
     let bus = config.daemon.bus;
     let folder = paths::state_dir(&config)?;
@@ -113,6 +114,7 @@ async fn live(options: &Options, methods: Arc<dyn Methods>) -> Result<()> {
     }
 
     let load_at_start = config.models.load_at_start;
+    let methods = methods(&config);
     let (daemon, finished) = Daemon::new(config, files, catalogue, methods, Authority::default())?;
     daemon.add_known_models()?;
     for method in daemon.methods.list() {

@@ -69,6 +69,6 @@ impl Worker {
         let factors = crate::dbus::sets::load_factors(&self.daemon, set)?;
         let adapters: Vec<_> = factors.into_iter().zip(set.entries.iter().map(|entry| entry.weight)).collect();
         let strategy = self.daemon.methods.strategy(&set.strategy, &set.strategy_config)?;
-        Ok(merger.apply(&adapters, strategy.as_ref())?)
+        Ok(merger.apply(&adapters, &strategy)?)
     }
 }

@@ -201,7 +201,7 @@ impl Residents {
             check_base(&loaded.entry, id, &architecture, digest)?;
             adapters.push((loaded.factors.clone(), entry.weight));
         }
-        resident.merger.apply(&adapters, strategy.as_ref()).map_err(|e| plan_error(&self.daemon, set, e))
+        resident.merger.apply(&adapters, &strategy).map_err(|e| plan_error(&self.daemon, set, e))
     }
 
     /// Takes everything out of the model: its bits are the file's again.

@@ -14,7 +14,7 @@ use super::{Outcome, Restore, Worker, survives, usec_since};
 use crate::dbus::library::show;
 use crate::dbus::value::{dict, own};
 use crate::error::{Error, Result};
-use crate::jobs::work::{Set, Train};
+use crate::jobs::work::{DEFAULT_SAMPLER, Set, Train};
 use crate::jobs::{Job, ResultFile, Stop};
 use crate::objects::object_path;
 
@@ -67,20 +67,22 @@ impl Worker {
             return Ok((trained, u32::try_from(adapter.manifest().training.steps).unwrap_or(u32::MAX)));
         }
         let concept = Concept { name: work.name.clone(), class_word: work.class_word.clone(), kind: work.kind };
-        let training = self.daemon.methods.trainer(&work.trainer, &work.config, &concept, work.partition)?;
+        let trainer = self.daemon.methods.trainer(&work.trainer, &work.config, work.partition)?;
+        // Only some trainers ask for pictures; they say so themselves if there is no sampler.
+        let sampler = self.daemon.methods.sampler(DEFAULT_SAMPLER, &serde_json::Map::new()).ok();
         job.set_stage("loading-data");
         let files: Vec<(PathBuf, Option<String>)> =
             work.pictures.iter().map(|(name, caption)| (work.folder.join(name), caption.clone())).collect();
         let dataset = Dataset::from_files(&files)?;
         let request = TrainRequest {
             concept,
-            config: training.config,
             seed: work.seed,
             output: output.to_owned(),
             resume: true,
             storage: work.storage,
             licence: work.licence.clone(),
             created: work.created.clone(),
+            sampler,
         };
         let kept = self.kept_checkpoint(work, &dataset)?;
         let checkpoint = request.checkpoint_path();
@@ -101,7 +103,7 @@ impl Worker {
                 EngineError::Cancelled
             })
         };
-        let report = train(&model, &dataset, training.trainer.as_ref(), &request, &mut progress);
+        let report = train(&model, &dataset, trainer.as_ref(), &request, &mut progress);
         if job.stop_requested() == Some(Stop::Checkpoint) && checkpoint.is_file() {
             std::fs::rename(&checkpoint, &kept).map_err(|e| Error::io(kept.display(), &e))?;
         }

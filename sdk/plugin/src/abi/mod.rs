@@ -21,6 +21,8 @@ mod guard;
 mod host;
 mod instance;
 mod job;
+#[cfg(test)]
+mod layout;
 mod magic;
 mod merge;
 mod root;

@@ -59,11 +59,11 @@ pub struct DenoiserTable {
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct RawDenoiser<'a> {
-    job: RawJob<'a>,
-    schedule: RawSchedule<'a>,
-    shape: [usize; 4],
-    context: *mut (),
-    table: DenoiserTableRef,
+    pub(super) job: RawJob<'a>,
+    pub(super) schedule: RawSchedule<'a>,
+    pub(super) shape: [usize; 4],
+    pub(super) context: *mut (),
+    pub(super) table: DenoiserTableRef,
 }
 
 /// What a [`RawDenoiser`]'s context points to.

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::merge::Layer;
 use crate::train::{
-    Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState, check_parameters,
+    Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState, check_parameters, check_step,
 };
 
 /// The host's functions for a trainer; [job]: on the thread that `train` was called on, one at a time.
@@ -46,30 +46,27 @@ pub struct TrainHostTable {
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct RawTrainHost<'a> {
-    job: RawJob<'a>,
-    concept: RawConcept<'a>,
-    layers: RSlice<'a, RawLayer<'a>>,
-    captions: RSlice<'a, ROption<RStr<'a>>>,
-    latent_shape: [usize; 3],
-    cross_attention_layers: usize,
-    num_train_timesteps: usize,
-    context: *mut (),
-    table: TrainHostTableRef,
+    pub(super) job: RawJob<'a>,
+    pub(super) concept: RawConcept<'a>,
+    pub(super) layers: RSlice<'a, RawLayer<'a>>,
+    pub(super) captions: RSlice<'a, ROption<RStr<'a>>>,
+    pub(super) latent_shape: [usize; 3],
+    pub(super) cross_attention_layers: usize,
+    pub(super) num_train_timesteps: usize,
+    pub(super) context: *mut (),
+    pub(super) table: TrainHostTableRef,
 }
 
 /// What a [`RawTrainHost`]'s context points to.
 pub struct Lent<'a> {
     host: &'a mut dyn TrainHost,
     thread: ThreadId,
-    /// Latents' length, to check samples by.
-    latent: usize,
     gradients: Parameters,
 }
 
 impl<'a> Lent<'a> {
     pub fn new(host: &'a mut dyn TrainHost) -> Self {
-        let latent = host.latent_shape().iter().product();
-        Self { host, thread: std::thread::current().id(), latent, gradients: Parameters::default() }
+        Self { host, thread: std::thread::current().id(), gradients: Parameters::default() }
     }
 }
 
@@ -158,13 +155,8 @@ impl Host {
             let parameters = convert::parameters(&step.parameters);
             check_parameters(lent.host.layers(), &parameters)?;
             let batch: Vec<Sample> = step.batch.iter().map(convert::sample).collect();
-            if let Some(s) = batch.iter().find(|s| s.noise.len() != lent.latent || s.posterior.len() != lent.latent) {
-                let (noise, posterior) = (s.noise.len(), s.posterior.len());
-                let message = format!("a sample has {noise} and {posterior} random numbers, not {}", lent.latent);
-                return Err(Error::contract(message));
-            }
             let masks: ErasureMasks = step.masks.iter().map(|mask| mask.to_vec()).collect();
-            check_masks(&parameters, &masks, batch.len())?;
+            check_step(lent.host.latent_shape(), &parameters, &masks, &batch)?;
             let loss = lent.host.loss_and_gradients(&parameters, &masks, &batch, &mut lent.gradients)?;
             let mut written = step.gradients;
             if written.len() != lent.gradients.tensors().count() {
@@ -195,21 +187,6 @@ impl Host {
             lent.host.step_done_with(state.step, &copy, steps, loss)
         })
     }
-}
-
-fn check_masks(parameters: &Parameters, masks: &ErasureMasks, batch: usize) -> Result<()> {
-    if masks.is_empty() {
-        return Ok(());
-    }
-    if masks.len() != parameters.factors.len() {
-        return Err(Error::contract(format!("{} masks for {} factors", masks.len(), parameters.factors.len())));
-    }
-    for (mask, f) in masks.iter().zip(&parameters.factors) {
-        if mask.len() != f.rows.len() && mask.len() != batch * f.rows.len() {
-            return Err(Error::contract(format!("a mask of {} for {} rows", mask.len(), f.rows.len())));
-        }
-    }
-    Ok(())
 }
 
 /// A trainer's host, on the plugin's side.

@@ -214,6 +214,32 @@ pub trait TrainHost: Job {
     }
 }
 
+/// Checks the masks and samples of a training step: what hosts do before they use what a plugin gave them.
+pub fn check_step(
+    latent_shape: [usize; 3],
+    parameters: &Parameters,
+    masks: &ErasureMasks,
+    batch: &[Sample],
+) -> Result<()> {
+    let latent = latent_shape.iter().product::<usize>();
+    if batch.is_empty() {
+        return Err(Error::contract("a training step has no sample"));
+    }
+    if let Some(s) = batch.iter().find(|s| s.noise.len() != latent || s.posterior.len() != latent) {
+        let (noise, posterior) = (s.noise.len(), s.posterior.len());
+        return Err(Error::contract(format!("a sample has {noise} and {posterior} random numbers, not {latent}")));
+    }
+    if !masks.is_empty() && masks.len() != parameters.factors.len() {
+        return Err(Error::contract(format!("{} masks for {} factors", masks.len(), parameters.factors.len())));
+    }
+    for (mask, f) in masks.iter().zip(&parameters.factors) {
+        if mask.len() != f.rows.len() && mask.len() != batch.len() * f.rows.len() {
+            return Err(Error::contract(format!("a mask of {} for {} rows", mask.len(), f.rows.len())));
+        }
+    }
+    Ok(())
+}
+
 /// Checks that `parameters` fit `layers`: what hosts do before they use what a plugin gave them.
 pub fn check_parameters(layers: &[Layer], parameters: &Parameters) -> Result<()> {
     let mut seen = vec![false; layers.len()];

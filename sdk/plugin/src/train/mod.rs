@@ -13,7 +13,7 @@ pub use adamw::AdamW;
 pub use concept::{FrozenA, Prior, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
 pub use host::{
     Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
-    TrainPlan, TrainState, check_parameters,
+    TrainPlan, TrainState, check_parameters, check_step,
 };
 pub use rates::RateSchedule;
 pub use settings::{

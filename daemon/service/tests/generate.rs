@@ -1,15 +1,17 @@
-//! Whole pictures equal diffusers' on a tiny random model (tests/parity/make_pipeline_golden.py).
+//! Whole pictures, sampled by plugins, equal diffusers' on a tiny random model (tests/parity/make_pipeline_golden.py).
 #![allow(clippy::unwrap_used)]
+
+mod support;
 
 use std::path::{Path, PathBuf};
 
 use blocklora_engine::generate::{GenerateRequest, generate, generate_batch};
 use blocklora_engine::image::{AdapterUse, Picture, read_parameters};
 use blocklora_engine::model::Model;
-use blocklora_engine::sample::{Ddim, Sampler, by_id};
+use blocklora_engine::sample::Sampler;
 use blocklora_engine::text::{Concept, TokenVectors};
-use blocklora_engine::{Error, Result};
-use candle_core::{DType, Device};
+use blocklora_engine::{DType, Device, Error, Result};
+use support::sampler;
 
 #[derive(serde::Deserialize)]
 struct Case {
@@ -77,7 +79,7 @@ fn pictures_equal_diffusers() {
     assert_eq!(cases.len(), 7);
     let (eps, v) = (model(), v_model());
     for case in cases {
-        let sampler = by_id(&case.sampler).unwrap();
+        let sampler = sampler(&case.sampler);
         let request = GenerateRequest {
             prompt: &case.prompt,
             negative_prompt: &case.negative,
@@ -101,7 +103,7 @@ fn pictures_equal_diffusers() {
 
 #[test]
 fn picture_i_is_the_picture_of_seed_plus_i() {
-    let (model, sampler) = (model(), by_id("euler-a").unwrap());
+    let (model, sampler) = (model(), sampler("euler-a"));
     let many = quiet(&model, &GenerateRequest { count: 3, seed: u64::MAX - 1, ..request(&*sampler) }).unwrap();
     assert_eq!(many.len(), 3);
     for (picture, seed) in many.iter().zip([u64::MAX - 1, u64::MAX, 0]) {
@@ -114,7 +116,7 @@ fn picture_i_is_the_picture_of_seed_plus_i() {
 fn a_batch_gives_the_same_pictures_as_one_by_one() {
     let model = model();
     for (id, guidance_scale) in [("euler-a", 7.5), ("ddim", 1.0)] {
-        let sampler = by_id(id).unwrap();
+        let sampler = sampler(id);
         let base = GenerateRequest { guidance_scale, ..request(&*sampler) };
         let items = [("a photo of a cat", 5), ("dog", 5), ("dog", 6)];
         let together = generate_batch(&model, &base, &items, &mut |step| {
@@ -135,14 +137,14 @@ fn a_batch_gives_the_same_pictures_as_one_by_one() {
 #[test]
 fn a_concept_in_the_prompt_changes_the_picture() {
     let model = model();
-    let sampler = Ddim::default();
+    let sampler = sampler("ddim");
     let concept = |layers: usize, slope: f32| {
         let values = (0..layers * 16).map(|i| slope * (i % 16) as f32).collect();
         let token = TokenVectors { name: "milo".into(), layers, width: 16, values };
         Concept { name: "milo".into(), tokens: vec![token] }
     };
     let picture = |concepts: &[Concept]| {
-        quiet(&model, &GenerateRequest { prompt: "a photo of <milo>", concepts, ..request(&sampler) })
+        quiet(&model, &GenerateRequest { prompt: "a photo of <milo>", concepts, ..request(&*sampler) })
     };
     let layers = model.cross_attention_layers();
     let one = picture(&[concept(1, 0.5)]).unwrap();
@@ -153,9 +155,9 @@ fn a_concept_in_the_prompt_changes_the_picture() {
 
 #[test]
 fn progress_counts_and_cancels() {
-    let (model, sampler) = (model(), Ddim::default());
+    let (model, sampler) = (model(), sampler("ddim"));
     let mut seen = Vec::new();
-    let two = GenerateRequest { count: 2, ..request(&sampler) };
+    let two = GenerateRequest { count: 2, ..request(&*sampler) };
     generate(&model, &two, &mut |step| {
         assert_eq!((step.images, step.steps, step.latents.len()), (2, 4, 4 * 8 * 8));
         seen.push((step.image, step.step));
@@ -169,7 +171,7 @@ fn progress_counts_and_cancels() {
 
 #[test]
 fn a_file_says_how_to_make_the_picture_again() {
-    let (model, sampler) = (model(), by_id("dpmpp-2m").unwrap());
+    let (model, sampler) = (model(), sampler("dpmpp-2m"));
     let two = GenerateRequest { negative_prompt: "dog", count: 2, ..request(&*sampler) };
     let adapters = [AdapterUse { name: "milo".into(), digest: "ab".into(), weight: 0.5 }];
     let path = tempfile::tempdir().unwrap().keep().join("picture.png");
@@ -177,7 +179,7 @@ fn a_file_says_how_to_make_the_picture_again() {
     pictures[1].save_png(&path, Some(&two.parameters(&model, 1, &adapters))).unwrap();
     let read = read_parameters(&path).unwrap().unwrap();
     assert_eq!((read.model_digest.as_str(), read.adapters.as_slice()), (model.digest(), &adapters[..]));
-    let sampler = by_id(&read.sampler).unwrap();
+    let sampler = sampler(&read.sampler);
     let again = GenerateRequest {
         prompt: &read.prompt,
         negative_prompt: &read.negative_prompt,
@@ -196,9 +198,9 @@ fn a_file_says_how_to_make_the_picture_again() {
 
 #[test]
 fn bad_settings_are_refused_before_any_work() {
-    let (model, sampler) = (model(), Ddim::default());
+    let (model, sampler) = (model(), sampler("ddim"));
     let long = "cat ".repeat(30);
-    let good = request(&sampler);
+    let good = request(&*sampler);
     let cases = [
         (GenerateRequest { width: 17, ..good }, "width = 17: must be a multiple of 2"),
         (GenerateRequest { height: 0, ..good }, "height = 0"),

@@ -1,0 +1,102 @@
+//! A plugin as the engine's merge strategy.
+
+use std::sync::Arc;
+
+use blocklora_engine::merge::strategy::{
+    AdapterView, Coefficients, LayerInfo, LayerPlan, MergeStrategy, Plan, Term, Tile,
+};
+use blocklora_engine::{Error, MethodFault, Result};
+use blocklora_sdk::merge as sdk;
+use blocklora_spec::Algorithm;
+
+use super::train::layers;
+
+pub struct PluginStrategy {
+    algorithm: Algorithm,
+    fingerprint: String,
+    strategy: Box<dyn sdk::AnyMergeStrategy>,
+}
+
+impl PluginStrategy {
+    pub fn new(algorithm: Algorithm, strategy: Box<dyn sdk::AnyMergeStrategy>) -> Self {
+        let digest = algorithm.digest.as_deref().unwrap_or_default();
+        let fingerprint = format!("{} {digest} {}", algorithm.id, algorithm.config);
+        Self { algorithm, fingerprint, strategy }
+    }
+
+    fn failed(&self, error: blocklora_sdk::Error) -> Error {
+        failed(&self.algorithm.id, error)
+    }
+}
+
+/// A plugin's error as the engine's.
+pub fn failed(id: &str, error: blocklora_sdk::Error) -> Error {
+    match error.code {
+        blocklora_sdk::Code::Cancelled => Error::Cancelled,
+        code => {
+            let fault = match code {
+                blocklora_sdk::Code::InvalidConfig => MethodFault::Option,
+                blocklora_sdk::Code::Incompatible => MethodFault::Incompatible,
+                _ => MethodFault::Failed,
+            };
+            Error::Method { method: id.to_owned(), reason: error.message, fault }
+        }
+    }
+}
+
+/// The adapters as a plugin sees them.
+fn adapters<'a>(layers: usize, views: &[&'a dyn AdapterView]) -> Vec<sdk::Adapter<'a>> {
+    let factors = |view: &'a dyn AdapterView, layer| {
+        let f = view.factors(layer)?;
+        Some(sdk::Factors { a: f.a, b: f.b, rows: f.rows, rank: f.rank, scale: f.scale })
+    };
+    let adapter = |&view: &&'a dyn AdapterView| sdk::Adapter {
+        name: view.name(),
+        digest: view.digest(),
+        weight: view.weight(),
+        factors: (0..layers).map(|layer| factors(view, layer)).collect(),
+    };
+    views.iter().map(adapter).collect()
+}
+
+impl MergeStrategy for PluginStrategy {
+    fn id(&self) -> &str {
+        &self.algorithm.id
+    }
+
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    fn plan(&self, infos: &[LayerInfo], views: &[&dyn AdapterView]) -> Result<Plan> {
+        let job = super::sample::QuietJob::default();
+        let adapters = adapters(infos.len(), views);
+        let plan = self.strategy.plan(&job, &layers(infos), &adapters).map_err(|e| self.failed(e))?;
+        let term = |term: sdk::Term| Term {
+            adapter: term.adapter,
+            coefficients: match term.coefficients {
+                sdk::Coefficients::Uniform(c) => Coefficients::Uniform(c),
+                sdk::Coefficients::PerRow(values) => Coefficients::PerRow(values.into()),
+            },
+        };
+        let layer = |plan| match plan {
+            sdk::LayerPlan::Factored(terms) => LayerPlan::Factored(terms.into_iter().map(term).collect()),
+            sdk::LayerPlan::Dense(numbers) => LayerPlan::Dense(Arc::from(numbers)),
+        };
+        Ok(plan.into_iter().map(layer).collect())
+    }
+
+    fn fill(&self, tile: Tile<'_>, delta: &mut [f32]) -> Result<()> {
+        let layer = sdk::Layer { name: tile.layer.name.clone(), rows: tile.layer.rows, columns: tile.layer.columns };
+        // The plugin finds an adapter's factors by the layer's index; those of the layers before it are not needed.
+        let adapters = adapters(tile.index + 1, tile.adapters);
+        let tile = sdk::Tile {
+            index: tile.index,
+            layer: &layer,
+            adapters: &adapters,
+            numbers: tile.numbers,
+            rows: tile.first_row..tile.first_row + tile.rows,
+        };
+        self.strategy.fill(&tile, delta).map_err(|e| self.failed(e))
+    }
+}

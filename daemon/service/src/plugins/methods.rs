@@ -1,0 +1,119 @@
+//! The plugin host as the daemon's source of methods.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blocklora_engine::merge::strategy::MergeStrategy;
+use blocklora_engine::sample::Sampler;
+use blocklora_engine::train::Trainer;
+use blocklora_sdk::manifest::PluginKind;
+use blocklora_spec::Partition;
+use serde_json::{Map, Value, json};
+
+use super::{Entry, Plugins, State};
+use crate::error::{Error, Kind, Result};
+use crate::methods::{MethodInfo, MethodKind, Methods};
+
+/// The setting that says which rows a trainer's adapter owns.
+const PARTITION: &str = "partition";
+
+/// How long a list is good for: properties ask for it at every turn.
+const LIST_LIFETIME: Duration = Duration::from_secs(1);
+
+/// The reason of a quarantine that somebody asked for.
+const BY_HAND: &str = "disabled by hand";
+
+impl Plugins {
+    fn method_info(&self, entry: &Entry) -> MethodInfo {
+        let manifest = &entry.found.manifest;
+        let info = self.scanned(&entry.found);
+        let (state, reason) = match (&entry.state, &info) {
+            (State::Quarantined(reason), _) if reason == BY_HAND => ("disabled", (String::new(), reason.clone())),
+            (_, Ok(_)) => ("enabled", Default::default()),
+            (_, Err(error)) => {
+                let error = Error::from(error.clone());
+                let state = if error.kind == Kind::PluginQuarantined { "quarantined" } else { "incompatible" };
+                (state, (error.name(), error.message))
+            }
+        };
+        MethodInfo {
+            id: manifest.full_name(),
+            name: manifest.id.clone(),
+            kinds: vec![match manifest.kind {
+                PluginKind::Merge => MethodKind::MergeStrategy,
+                PluginKind::Train => MethodKind::Trainer,
+                PluginKind::Sample => MethodKind::Sampler,
+            }],
+            version: manifest.version.clone(),
+            digest: entry.digest.clone(),
+            abi: manifest.abi().unwrap_or_default(),
+            config_schema: info.map_or_else(|_| "{}".to_owned(), |(_, scanned)| scanned.schema.to_string()),
+            state: state.to_owned(),
+            reason,
+            crashes: self.records.get(&entry.digest).crashes,
+        }
+    }
+}
+
+fn value(config: &Map<String, Value>) -> Value {
+    Value::Object(config.clone())
+}
+
+impl Methods for Plugins {
+    fn list(&self) -> Vec<MethodInfo> {
+        let mut listed = self.listed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((at, list)) = &*listed
+            && at.elapsed() < LIST_LIFETIME
+        {
+            return list.clone();
+        }
+        let list: Vec<MethodInfo> = Plugins::list(self).0.iter().map(|entry| self.method_info(entry)).collect();
+        *listed = Some((Instant::now(), list.clone()));
+        list
+    }
+
+    fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn Sampler>> {
+        Ok(Plugins::sampler(self, id, &value(config))?)
+    }
+
+    fn strategy(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn MergeStrategy>> {
+        Ok(Plugins::strategy(self, id, &value(config))?)
+    }
+
+    fn trainer(&self, id: &str, config: &Map<String, Value>, partition: Option<Partition>) -> Result<Box<dyn Trainer>> {
+        let mut config = value(config);
+        if config.get(PARTITION).is_some() {
+            return Err(Error::option(format!("settings of {id}: \"partition\" is given by the options of Train")));
+        }
+        if self.has_setting(PluginKind::Train, id, PARTITION)? {
+            config[PARTITION] = json!(partition);
+        } else if partition.is_some() {
+            return Err(Error::option(format!("the trainer {id} owns all rows: it takes no partition")));
+        }
+        Ok(Plugins::trainer(self, id, &config)?)
+    }
+
+    fn trains_in_slots(&self, id: &str) -> Result<bool> {
+        Ok(self.has_setting(PluginKind::Train, id, PARTITION)?)
+    }
+
+    fn set_state(&self, id: &str, state: &str) -> Result<()> {
+        let (kind, id) = self.split(id)?;
+        let reason = (state == "disabled").then_some(BY_HAND);
+        self.set_quarantine(kind, &id, reason)?;
+        *self.listed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
+        Ok(())
+    }
+
+    fn validate(&self, id: &str, _level: u32, _is_cancelled: &dyn Fn() -> bool) -> Result<String> {
+        // What the host itself knows: that it loads, from a fresh scan.
+        let (kind, id) = self.split(id)?;
+        let info = self.info(kind, &id)?;
+        Ok(json!({"plugin": info.entry.found.manifest.full_name(), "digest": info.entry.digest, "loads": true})
+            .to_string())
+    }
+
+    fn tainted(&self) -> bool {
+        self.has_foreign_code()
+    }
+}

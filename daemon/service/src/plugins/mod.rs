@@ -1,0 +1,348 @@
+//! The plugin host: finds plugins, keeps bad ones away, and makes the engine's samplers, merge strategies and trainers of
+//! good ones.
+//!
+//! Listing reads manifests only. Before a library is first used, it is scanned in a helper process; what it says there is
+//! remembered by the digest of its file. A library that crashes or hangs is quarantined until its file changes or the
+//! quarantine is lifted.
+
+pub mod discover;
+mod error;
+mod helper;
+mod merge;
+mod methods;
+mod records;
+mod sample;
+mod scan;
+mod settings;
+mod train;
+mod worker;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use blocklora_engine::merge::strategy::MergeStrategy;
+use blocklora_engine::sample::Sampler;
+use blocklora_engine::train::Trainer;
+use blocklora_sdk::abi::Library;
+use blocklora_sdk::manifest::{Manifest, PluginKind};
+use blocklora_sdk::merge::AnyMergeStrategy;
+use blocklora_sdk::sample::AnySampler;
+use blocklora_sdk::train::AnyTrainer;
+use blocklora_spec::Algorithm;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::methods::MethodInfo;
+pub use discover::{Broken, Found};
+pub use error::{PluginError, Result, noun};
+use records::{Records, Scanned};
+
+/// Where plugins' code runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Isolation {
+    /// In this process: the fastest way, but a plugin that crashes takes the process along.
+    #[default]
+    InProcess,
+    /// In a child process for each method in use, which is killed if it crashes, hangs or takes too much memory.
+    Worker,
+}
+
+/// "in-process" or "worker": where plugins' code runs, whatever the configuration says.
+pub const ISOLATION_VARIABLE: &str = "BLOCKLORA_PLUGIN_ISOLATION";
+
+impl Isolation {
+    /// As a configuration has it: "in-process" or "worker".
+    pub fn from_word(word: &str) -> Option<Self> {
+        match word {
+            "in-process" => Some(Self::InProcess),
+            "worker" => Some(Self::Worker),
+            _ => None,
+        }
+    }
+
+    /// What [`ISOLATION_VARIABLE`] says, if it says something; a worker if that is unknown.
+    pub fn from_environment() -> Option<Self> {
+        let word = std::env::var(ISOLATION_VARIABLE).ok().filter(|word| !word.is_empty())?;
+        Some(Self::from_word(&word).unwrap_or(Self::Worker))
+    }
+}
+
+/// How the host works.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The folders to search, in order.
+    pub folders: Vec<PathBuf>,
+    /// Where records are kept.
+    pub state: PathBuf,
+    /// Where plugins' code runs.
+    pub isolation: Isolation,
+    /// How long a plugin in a worker may be silent before it counts as hanging.
+    pub silence_max: Duration,
+}
+
+impl Default for Options {
+    /// The usual folders, and the state folder of the service or of the user.
+    fn default() -> Self {
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let state = absolute("STATE_DIRECTORY")
+            .or_else(|| Some(absolute("XDG_STATE_HOME")?.join("blocklora")))
+            .or_else(|| Some(absolute("HOME")?.join(".local/state/blocklora")))
+            .unwrap_or_else(|| std::env::temp_dir().join("blocklora"));
+        Self {
+            folders: discover::folders(),
+            state,
+            isolation: Isolation::from_environment().unwrap_or_default(),
+            silence_max: worker::SILENCE_MAX,
+        }
+    }
+}
+
+/// What a plugin is good for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Usable, as far as is known.
+    Ready,
+    /// Its library is missing or not readable.
+    Missing(String),
+    /// It crashed or hung.
+    Quarantined(String),
+}
+
+/// One plugin, as it is listed.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Where it lies and what its manifest says.
+    pub found: Found,
+    /// SHA-256 of its library in hex; empty if that is not readable.
+    pub digest: String,
+    /// What it is good for.
+    pub state: State,
+    /// How often it crashed, hung or took too much memory.
+    pub crashes: u32,
+}
+
+/// One plugin in full.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// As it is listed.
+    pub entry: Entry,
+    /// JSON Schema of its settings.
+    pub schema: Value,
+    /// Its settings if none are given.
+    pub defaults: Value,
+}
+
+/// The plugin host.
+pub struct Plugins {
+    options: Options,
+    records: Arc<Records>,
+    /// Libraries that are open in this process, by digest.
+    open: Mutex<HashMap<String, Library>>,
+    /// What the daemon's list was last, and when.
+    listed: Mutex<Option<(Instant, Vec<MethodInfo>)>>,
+}
+
+/// A plugin with its settings, ready to be used.
+struct Method {
+    name: String,
+    algorithm: Algorithm,
+    code: Code,
+}
+
+/// Where its code runs.
+enum Code {
+    Library(Library),
+    Worker(worker::Worker),
+}
+
+impl Plugins {
+    /// The host.
+    pub fn new(options: Options) -> Self {
+        let records = Arc::new(Records::open(&options.state));
+        Self { options, records, open: Mutex::default(), listed: Mutex::default() }
+    }
+
+    /// All plugins by kind and id, and files that are no manifests. Loads nothing.
+    pub fn list(&self) -> (Vec<Entry>, Vec<Broken>) {
+        let catalogue = discover::search(&self.options.folders);
+        (catalogue.found.into_values().map(|found| self.entry(found)).collect(), catalogue.broken)
+    }
+
+    /// The plugin's schema and defaults; scans it if that has not been done.
+    pub fn info(&self, kind: PluginKind, id: &str) -> Result<Info> {
+        let found = self.find(kind, id)?;
+        let (digest, scanned) = self.scanned(&found)?;
+        let entry = self.entry(found);
+        debug_assert_eq!(entry.digest, digest);
+        Ok(Info { entry, schema: scanned.schema, defaults: scanned.defaults })
+    }
+
+    /// Whether the plugin's settings have this key.
+    pub fn has_setting(&self, kind: PluginKind, id: &str, key: &str) -> Result<bool> {
+        Ok(self.info(kind, id)?.schema.get("properties").is_some_and(|properties| properties.get(key).is_some()))
+    }
+
+    /// Quarantines the plugin for `reason`, or lifts its quarantine (None).
+    pub fn set_quarantine(&self, kind: PluginKind, id: &str, reason: Option<&str>) -> Result<()> {
+        let found = self.find(kind, id)?;
+        let digest = self.digest(&found)?;
+        self.records.update(&digest, |record| record.quarantine = reason.map(str::to_owned));
+        Ok(())
+    }
+
+    /// The sampler `id` with these settings (an object; null for none).
+    pub fn sampler(&self, id: &str, settings: &Value) -> Result<Arc<dyn Sampler>> {
+        let Method { name, algorithm, code } = self.method(PluginKind::Sample, id, settings)?;
+        let sampler: Box<dyn AnySampler> = match code {
+            Code::Library(library) => library.sampler(&algorithm.config).map_err(|e| refused(&name, e))?,
+            Code::Worker(worker) => Box::new(worker),
+        };
+        Ok(Arc::new(sample::PluginSampler { id: algorithm.id, sampler }))
+    }
+
+    /// The merge strategy `id` with these settings.
+    pub fn strategy(&self, id: &str, settings: &Value) -> Result<Arc<dyn MergeStrategy>> {
+        let Method { name, algorithm, code } = self.method(PluginKind::Merge, id, settings)?;
+        let strategy: Box<dyn AnyMergeStrategy> = match code {
+            Code::Library(library) => library.strategy(&algorithm.config).map_err(|e| refused(&name, e))?,
+            Code::Worker(worker) => Box::new(worker),
+        };
+        Ok(Arc::new(merge::PluginStrategy::new(algorithm, strategy)))
+    }
+
+    /// The trainer `id` with these settings.
+    pub fn trainer(&self, id: &str, settings: &Value) -> Result<Box<dyn Trainer>> {
+        let Method { name, algorithm, code } = self.method(PluginKind::Train, id, settings)?;
+        let trainer: Box<dyn AnyTrainer> = match code {
+            Code::Library(library) => library.trainer(&algorithm.config).map_err(|e| refused(&name, e))?,
+            Code::Worker(worker) => Box::new(worker),
+        };
+        Ok(Box::new(train::PluginTrainer { algorithm, trainer }))
+    }
+
+    /// The kind and the id in `<kind>-<id>`.
+    fn split(&self, name: &str) -> Result<(PluginKind, String)> {
+        let found = self.list().0.into_iter().map(|entry| entry.found.manifest).find(|m| m.full_name() == name);
+        found.map(|manifest| (manifest.kind, manifest.id)).ok_or_else(|| PluginError::Unknown {
+            kind: PluginKind::Merge,
+            id: name.to_owned(),
+            known: "those that are listed".to_owned(),
+        })
+    }
+
+    /// Whether a library that does not come with this release is open in this process.
+    fn has_foreign_code(&self) -> bool {
+        let open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        open.values().any(|library| library.version() != env!("CARGO_PKG_VERSION"))
+    }
+
+    fn find(&self, kind: PluginKind, id: &str) -> Result<Found> {
+        let mut catalogue = discover::search(&self.options.folders);
+        if let Some(found) = catalogue.found.remove(&(kind, id.to_owned())) {
+            return Ok(found);
+        }
+        // A manifest that is there but wrong explains more than a list of others.
+        let file = format!("{kind}-{id}.toml");
+        if let Some(broken) = catalogue.broken.into_iter().find(|b| b.path.file_name().is_some_and(|n| *n == *file)) {
+            return Err(PluginError::Incompatible { path: broken.path, reason: broken.reason });
+        }
+        let known: Vec<&str> = catalogue.found.keys().filter(|(k, _)| *k == kind).map(|(_, id)| id.as_str()).collect();
+        let known = if known.is_empty() { "none (no plugins are installed)".to_owned() } else { known.join(", ") };
+        Err(PluginError::Unknown { kind, id: id.to_owned(), known })
+    }
+
+    fn entry(&self, found: Found) -> Entry {
+        let digest = self.digest(&found);
+        let (digest, state, crashes) = match digest {
+            Err(error) => (String::new(), State::Missing(error.to_string()), 0),
+            Ok(digest) => {
+                let record = self.records.get(&digest);
+                let state = record.quarantine.map_or(State::Ready, State::Quarantined);
+                (digest, state, record.crashes)
+            }
+        };
+        Entry { found, digest, state, crashes }
+    }
+
+    fn digest(&self, found: &Found) -> Result<String> {
+        self.records.digest(&found.library).map_err(|e| PluginError::Incompatible {
+            path: found.library.clone(),
+            reason: format!("{e}: install the plugin again, or build it"),
+        })
+    }
+
+    /// What the plugin's scan said: of this time, or of the last one of the same file.
+    fn scanned(&self, found: &Found) -> Result<(String, Scanned)> {
+        let digest = self.digest(found)?;
+        let record = self.records.get(&digest);
+        if let Some(reason) = record.quarantine {
+            return Err(PluginError::Quarantined { name: found.manifest.full_name(), reason });
+        }
+        let scanned = match record.scanned {
+            Some(scanned) if is_of(&scanned, &found.manifest) => scanned,
+            _ => scan::scan_in_helper(&self.records, &digest, found)?,
+        };
+        Ok((digest, scanned))
+    }
+
+    /// The plugin with checked and completed settings, its library open.
+    fn method(&self, kind: PluginKind, id: &str, given: &Value) -> Result<Method> {
+        let found = self.find(kind, id)?;
+        let name = found.manifest.full_name();
+        let (digest, scanned) = self.scanned(&found)?;
+        settings::check(&scanned.schema, given)
+            .map_err(|reason| PluginError::Settings { name: name.clone(), reason })?;
+        let (code, config) = match self.options.isolation {
+            Isolation::InProcess => {
+                let library = self.library(&digest, &found)?;
+                let config = library.resolve(given).map_err(|e| refused(&name, e))?;
+                (Code::Library(library), config)
+            }
+            Isolation::Worker => {
+                let (records, digest, name) = (self.records.clone(), digest.clone(), name.clone());
+                let accounts = worker::Accounts { records, digest, name };
+                let (worker, config) = worker::Worker::start(&found, given, accounts, self.options.silence_max)?;
+                (Code::Worker(worker), config)
+            }
+        };
+        let version = found.manifest.version;
+        let algorithm = Algorithm { id: id.to_owned(), version, digest: Some(digest), config };
+        Ok(Method { name, algorithm, code })
+    }
+
+    fn library(&self, digest: &str, found: &Found) -> Result<Library> {
+        let mut open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(library) = open.get(digest) {
+            return Ok(*library);
+        }
+        let incompatible = |reason| PluginError::Incompatible { path: found.path.clone(), reason };
+        let (library, loaded) = scan::open(&found.library).map_err(incompatible)?;
+        if loaded != digest {
+            return Err(incompatible("its library changed just now: try again".to_owned()));
+        }
+        scan::check(&library, found).map_err(incompatible)?;
+        open.insert(loaded, library);
+        Ok(library)
+    }
+}
+
+fn refused(name: &str, error: blocklora_sdk::Error) -> PluginError {
+    PluginError::Settings { name: name.to_owned(), reason: error.message }
+}
+
+/// Whether a scan belongs to this manifest, which may have changed while the library did not.
+fn is_of(scanned: &Scanned, manifest: &Manifest) -> bool {
+    discover::parse(&scanned.manifest).is_ok_and(|inside| inside == *manifest)
+}
+
+/// Runs one of the host's hidden commands of the daemon's program; None if `arguments` (without the program) are none.
+pub fn serve_hidden_command(arguments: &[std::ffi::OsString]) -> Option<u8> {
+    match arguments {
+        [command, manifest] if command == scan::COMMAND => Some(scan::serve(manifest.as_ref())),
+        [command, manifest] if command == worker::child::COMMAND => Some(worker::child::serve(manifest.as_ref())),
+        _ => None,
+    }
+}

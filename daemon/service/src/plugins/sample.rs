@@ -1,0 +1,163 @@
+//! A plugin as the engine's sampler, and the services of jobs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use blocklora_engine::sample::{self as engine, Denoiser, Sampler};
+use blocklora_engine::{Error, Result};
+use blocklora_sdk::sample as sdk;
+use blocklora_sdk::{Code, Job, LogLevel};
+use send_wrapper::SendWrapper;
+
+use super::merge::failed;
+
+pub struct PluginSampler {
+    pub id: String,
+    pub sampler: Box<dyn sdk::AnySampler>,
+}
+
+impl Sampler for PluginSampler {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn sample(&self, denoiser: &mut dyn Denoiser, latents: &mut [f32], steps: usize) -> Result<()> {
+        let mut host = Host {
+            job: QuietJob::new(denoiser.seed()),
+            schedule: schedule(denoiser.schedule()),
+            denoiser: SendWrapper::new(denoiser),
+        };
+        let result = self.sampler.sample(&mut host, latents, steps);
+        host.job.finish(&self.id, result)
+    }
+}
+
+fn schedule(schedule: &engine::NoiseSchedule) -> sdk::NoiseSchedule {
+    sdk::NoiseSchedule {
+        alphas_cumprod: schedule.alphas_cumprod.clone(),
+        steps_offset: schedule.steps_offset,
+        set_alpha_to_one: schedule.set_alpha_to_one,
+        spacing: match schedule.spacing {
+            engine::TimestepSpacing::Leading => sdk::TimestepSpacing::Leading,
+            engine::TimestepSpacing::Linspace => sdk::TimestepSpacing::Linspace,
+            engine::TimestepSpacing::Trailing => sdk::TimestepSpacing::Trailing,
+        },
+    }
+}
+
+/// A job whose log goes to the daemon's.
+#[derive(Default)]
+pub struct QuietJob {
+    seed: u64,
+    cancelled: AtomicBool,
+    /// The engine's own error behind one that a plugin passes on.
+    cause: Mutex<Option<Error>>,
+}
+
+impl QuietJob {
+    pub fn new(seed: u64) -> Self {
+        Self { seed, ..Self::default() }
+    }
+
+    fn cause(&self) -> MutexGuard<'_, Option<Error>> {
+        self.cause.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The engine's result as a plugin sees it; the error is kept.
+    pub fn pass<T>(&self, result: Result<T>) -> blocklora_sdk::Result<T> {
+        result.map_err(|error| {
+            if matches!(error, Error::Cancelled) {
+                self.cancelled.store(true, Ordering::Relaxed);
+                return blocklora_sdk::Error::cancelled();
+            }
+            let passed = blocklora_sdk::Error::new(Code::Host, error.to_string());
+            *self.cause() = Some(error);
+            passed
+        })
+    }
+
+    /// A plugin's result as the engine's: where it passed an error of the engine on, that error itself.
+    pub fn finish<T>(&self, id: &str, result: blocklora_sdk::Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            let cause = self.cause().take();
+            match (error.code, cause) {
+                (Code::Host, Some(cause)) => cause,
+                _ if self.cancelled.load(Ordering::Relaxed) => Error::Cancelled,
+                _ => failed(id, error),
+            }
+        })
+    }
+}
+
+impl Job for QuietJob {
+    fn progress(&self, _done: u64, _total: u64) {}
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+    fn log(&self, level: LogLevel, message: &str) {
+        match level {
+            LogLevel::Warning => tracing::warn!("plugin: {message}"),
+            LogLevel::Info => tracing::info!("plugin: {message}"),
+            LogLevel::Debug => tracing::debug!("plugin: {message}"),
+        }
+    }
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+    fn artefact(&self, name: &str, _bytes: &[u8]) -> blocklora_sdk::Result<()> {
+        Err(blocklora_sdk::Error::new(Code::NotSupported, format!("{name}: this job keeps no artefacts")))
+    }
+}
+
+/// Implements [`Job`] by the field `job`.
+macro_rules! job_by_field {
+    ($type:ty) => {
+        impl blocklora_sdk::Job for $type {
+            fn progress(&self, done: u64, total: u64) {
+                self.job.progress(done, total);
+            }
+            fn is_cancelled(&self) -> bool {
+                self.job.is_cancelled()
+            }
+            fn log(&self, level: blocklora_sdk::LogLevel, message: &str) {
+                self.job.log(level, message);
+            }
+            fn seed(&self) -> u64 {
+                self.job.seed()
+            }
+            fn artefact(&self, name: &str, bytes: &[u8]) -> blocklora_sdk::Result<()> {
+                self.job.artefact(name, bytes)
+            }
+        }
+    };
+}
+pub(super) use job_by_field;
+
+/// The engine's denoiser as a plugin sees it. It belongs to the thread of the job, which the ABI checks before it calls.
+struct Host<'a> {
+    job: QuietJob,
+    schedule: sdk::NoiseSchedule,
+    denoiser: SendWrapper<&'a mut dyn Denoiser>,
+}
+
+job_by_field!(Host<'_>);
+
+impl sdk::Denoiser for Host<'_> {
+    fn schedule(&self) -> &sdk::NoiseSchedule {
+        &self.schedule
+    }
+    fn shape(&self) -> [usize; 4] {
+        self.denoiser.shape()
+    }
+    fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> blocklora_sdk::Result<()> {
+        let result = self.denoiser.predict(latents, timestep, eps);
+        self.job.pass(result)
+    }
+    fn noise(&mut self, index: usize, out: &mut [f32]) {
+        self.denoiser.noise(index, out);
+    }
+    fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> blocklora_sdk::Result<()> {
+        let result = self.denoiser.step_done(step, steps, latents);
+        self.job.pass(result)
+    }
+}
