@@ -35,16 +35,18 @@ impl fmt::Display for PluginKind {
     }
 }
 
-/// A law of merging that a strategy keeps; `blocklora plugin check` verifies what is declared.
+/// A law that a method keeps; `blocklora plugin check` verifies what is declared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Law {
-    /// One adapter at weight 1 gives that adapter's own delta.
+    /// Merge: one adapter at weight 1 gives that adapter's own delta.
     Identity,
-    /// The order of the adapters makes no difference beyond rounding.
+    /// Merge: the order of the adapters makes no difference beyond rounding.
     Order,
-    /// With all weights multiplied by c, the change of the weights is multiplied by c.
+    /// Merge: with all weights multiplied by c, the change of the weights is multiplied by c.
     Scale,
+    /// Sample: with more steps the distribution of the samples approaches the exact one.
+    Converges,
 }
 
 /// The manifest of one plugin: `<kind>-<id>.toml`, beside the library or where the library's path leads from.
@@ -73,7 +75,7 @@ pub struct Manifest {
     /// The paper or page that describes the method.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// The laws that a merge strategy keeps.
+    /// The laws that it keeps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub laws: Vec<Law>,
     /// Other names that users know the method by, each with the settings that it stands for: `dpmpp-2m-karras = { karras
@@ -127,8 +129,9 @@ impl Manifest {
         if !(1..=1 << 20).contains(&self.memory_mib) {
             return Err(format!("memory_mib = {}: must be 1 to 1048576", self.memory_mib));
         }
-        if self.kind != PluginKind::Merge && !self.laws.is_empty() {
-            return Err("laws: only merge strategies have them".into());
+        let of = |law: &Law| if *law == Law::Converges { PluginKind::Sample } else { PluginKind::Merge };
+        if let Some(law) = self.laws.iter().find(|law| of(law) != self.kind) {
+            return Err(format!("laws: {law:?} is a law of kind \"{}\", not \"{}\"", of(law), self.kind));
         }
         Ok(())
     }

@@ -1,0 +1,34 @@
+/// Whether BLOCKLORA_HOSTILE is `name`.
+fn mode(name: &str) -> bool {
+    std::env::var("BLOCKLORA_HOSTILE").is_ok_and(|mode| mode == name)
+}
+
+/// Does what `<what>-<place>` names: panics, crashes, hangs, takes all memory, ends the process.
+fn misbehave(place: &str) {
+    let is = |what: &str| mode(&format!("{what}-{place}"));
+    if is("panic") {
+        panic!("no {place} today");
+    }
+    if is("segfault") {
+        #[allow(unsafe_code)]
+        // SAFETY: none. This is what a plugin must survive without its host.
+        unsafe {
+            std::ptr::without_provenance_mut::<u8>(16).write_volatile(1);
+        }
+    }
+    if is("abort") {
+        std::process::abort();
+    }
+    if is("exit") {
+        std::process::exit(0);
+    }
+    while is("hang") {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    if is("allocate") {
+        let mut kept: Vec<Vec<u8>> = Vec::new();
+        loop {
+            kept.push(vec![1; 16 << 20]);
+        }
+    }
+}

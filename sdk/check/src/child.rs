@@ -1,0 +1,54 @@
+//! The process of one test.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+use crate::report::Status;
+use crate::subject::Subject;
+use crate::tests::all;
+
+/// What a process needs besides what its plugin declares: the test's own data, and stacks of threads.
+const OWN_BYTES: u64 = 512 << 20;
+
+/// Runs one test: `arguments` are what [`check`](crate::check) put behind the fixed ones (the test's name, the seed, the
+/// file for the result, the library). The result goes into that file, whatever the plugin prints.
+pub fn run_one(arguments: &[OsString]) -> ExitCode {
+    let [name, seed, result, file] = arguments else {
+        eprintln!("usage: TEST SEED RESULT FILE");
+        return ExitCode::from(2);
+    };
+    let name = name.to_string_lossy();
+    let Some(test) = all().find(|test| test.name == name) else {
+        eprintln!("there is no test {name}");
+        return ExitCode::from(2);
+    };
+    let seed = seed.to_string_lossy().parse().unwrap_or_default();
+    let verdict = match Subject::open(Path::new(file), seed) {
+        Ok(subject) => {
+            limit_memory(&subject);
+            match (test.run)(&subject) {
+                Ok(()) => (Status::Passed, String::new()),
+                Err(message) => match message.strip_prefix(crate::tests::SKIP) {
+                    Some(why) => (Status::Skipped, why.to_owned()),
+                    None => (Status::Failed, message),
+                },
+            }
+        }
+        Err(message) => (Status::Failed, message),
+    };
+    let written = serde_json::to_string(&verdict).map(|text| std::fs::write(result, text));
+    match written {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::from(3),
+    }
+}
+
+/// From here on allocations beyond the declared memory fail, which ends the process with a message.
+fn limit_memory(subject: &Subject) {
+    let bytes = (subject.manifest.memory_mib << 20) + OWN_BYTES;
+    // Without a limit the time limit is what ends a process that takes too much.
+    let _ = setrlimit(Resource::Data, Rlimit { current: Some(bytes), maximum: Some(bytes) });
+}
