@@ -11,12 +11,14 @@
 //! [`run_one`]. `blocklora plugin check`, `blocklorad` and `blocklora-check` are such programs.
 
 mod child;
+mod new;
 mod parent;
 mod report;
 mod subject;
 mod tests;
 
 pub use child::run_one;
+pub use new::new_plugin;
 pub use parent::{Options, check};
 pub use report::{Outcome, Report, Status};
 pub use tests::{Level, list};

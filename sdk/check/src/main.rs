@@ -6,11 +6,13 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use blocklora_check::{Level, Options, check, run_one};
+use blocklora_check::{Level, Options, check, new_plugin, run_one};
+use blocklora_sdk::manifest::PluginKind;
 
 const USAGE: &str = "\
 usage: blocklora-check FILE [--level 0..3] [--test NAME]... [--reproduce SEED] [--limit SECONDS] [--json]
-       blocklora-check --list";
+       blocklora-check --list
+       blocklora-check new ID --kind merge|sample|train [--sdk FOLDER]";
 const ONE: &str = "__one";
 
 struct Arguments {
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     match arguments.first() {
         Some(first) if first == ONE => return run_one(&arguments[1..]),
+        Some(first) if first == "new" => return new(&arguments[1..]),
         Some(first) if first == "--list" => {
             for (name, level, what) in blocklora_check::list() {
                 println!("{} {name:<22} {what}", level.number());
@@ -52,6 +55,30 @@ fn main() -> ExitCode {
             let json = serde_json::to_string_pretty(&report).unwrap_or_default() + "\n";
             print!("{}", if arguments.json { json } else { report.to_text() });
             if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(e) => fail(&e.to_string(), 1),
+    }
+}
+
+/// Makes a crate in the current folder.
+fn new(arguments: &[OsString]) -> ExitCode {
+    let words: Vec<String> = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let (id, kind, sdk) = match words[..] {
+        [id, "--kind", kind] => (id, kind, None),
+        [id, "--kind", kind, "--sdk", sdk] => (id, kind, Some(Path::new(sdk))),
+        _ => return fail(&format!("new needs an id and a kind\n{USAGE}"), 2),
+    };
+    let kind = match kind {
+        "merge" => PluginKind::Merge,
+        "sample" => PluginKind::Sample,
+        "train" => PluginKind::Train,
+        other => return fail(&format!("--kind {other}: merge, sample or train"), 2),
+    };
+    match new_plugin(id, kind, Path::new("."), sdk) {
+        Ok(folder) => {
+            println!("{}: build it with cargo build, then check the library", folder.display());
+            ExitCode::SUCCESS
         }
         Err(e) => fail(&e.to_string(), 1),
     }

@@ -17,6 +17,8 @@ mod config;
 mod error;
 mod export;
 mod job;
+#[doc = include_str!("guide.md")]
+pub mod guide {}
 pub mod manifest;
 pub mod merge;
 pub mod parallel;

@@ -10,6 +10,7 @@ const DEPENDENCIES: &[(&str, &str, &[&str])] = &[
     ("spec", "blocklora-spec", &[]),
     ("daemon/engine", "blocklora-engine", &["blocklora-spec"]),
     ("sdk/plugin", "blocklora-sdk", &["blocklora-spec"]),
+    ("sdk/check", "blocklora-check", &["blocklora-sdk"]),
     ("sdk/client", "blocklora-client", &[]),
     ("daemon/service", "blocklora-service", &["blocklora-engine", "blocklora-sdk", "blocklora-spec"]),
     (
@@ -27,6 +28,8 @@ const UNSAFE: &[&str] = &[
     "daemon/engine/src/weights.rs",
     "spec/src/map.rs",
     "sdk/plugin/src/abi/",
+    // A plugin that crashes, for the tests.
+    "sdk/check/examples/hostile/",
 ];
 
 /// Rust files that are tables, and may be long.

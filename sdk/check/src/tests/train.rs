@@ -12,13 +12,13 @@ fn text(error: Error) -> String {
     error.message
 }
 
-/// The trainer for `steps` steps, as far as its settings have the SDK's names (steps, rank, learning_rates): rates that
+/// The trainer for `steps` steps, as far as its settings have the SDK's names (steps, rank, learning_rate): rates that
 /// suit the problem, and a rank that reaches its optimum.
 fn trainer(subject: &Subject, steps: usize) -> Result<Box<dyn AnyTrainer>, String> {
     let schema = subject.library.schema().map_err(|e| format!("no schema: {e}"))?;
     let rates = json!({"tokens": 0.02, "text_encoder": 0.02, "unet": 0.02});
     let wanted =
-        [("steps", json!(steps)), ("rank", json!(4)), ("learning_rates", rates), ("token_norm_limit", json!(100.0))];
+        [("steps", json!(steps)), ("rank", json!(4)), ("learning_rate", rates), ("token_norm_limit", json!(100.0))];
     let has = |key: &str| schema["properties"].get(key).is_some();
     let mut settings: Map<String, Value> = Map::new();
     for (key, value) in wanted.into_iter().filter(|(key, _)| has(key)) {

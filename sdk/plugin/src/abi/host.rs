@@ -50,7 +50,8 @@ impl Library {
     /// Loads the library at `path`, checks its magic block first and the layout of everything it exchanges second.
     /// Loading runs the library's initialisers: what is not trusted is to be opened in another process first.
     pub fn open(path: &Path) -> Result<Self, Refusal> {
-        let library = RawLibrary::load_at(path).map_err(|e| Refusal(not_loadable(&e)))?;
+        super::elf::check_whole(path).map_err(|e| Refusal(not_loadable(&e)))?;
+        let library = RawLibrary::load_at(path).map_err(|e| Refusal(not_loadable(&reason(&e))))?;
         // SAFETY: the symbol has this type in every plugin; a library that has another symbol of this name lies on
         // purpose, against which nothing helps in this process.
         let magic = unsafe { library.get::<extern "C" fn() -> *const Magic>(MAGIC_SYMBOL.as_bytes()) }
@@ -184,11 +185,14 @@ fn one_line(error: &dyn std::fmt::Display) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-fn not_loadable(error: &LibraryError) -> String {
-    let reason = match error {
+fn reason(error: &LibraryError) -> String {
+    match error {
         LibraryError::OpenError { err, .. } => one_line(err),
         other => one_line(other),
-    };
+    }
+}
+
+fn not_loadable(reason: &str) -> String {
     format!("not a library that this machine can load ({reason}): build it for this machine, or copy it again whole")
 }
 

@@ -17,6 +17,7 @@
 #![allow(unsafe_code, missing_docs, clippy::too_many_arguments)]
 
 mod convert;
+mod elf;
 mod guard;
 mod host;
 mod instance;

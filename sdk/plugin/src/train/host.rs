@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::job::Job;
 use crate::merge::Layer;
 use crate::{Delta, Kind, Partition};
@@ -274,5 +274,8 @@ pub fn check_parameters(layers: &[Layer], parameters: &Parameters) -> Result<()>
             return Err(Error::contract(format!("token {:?}: {reason}", t.name)));
         }
     }
-    Ok(())
+    match parameters.tensors().flatten().find(|x| !x.is_finite()) {
+        Some(value) => Err(Error::new(Code::NotFinite, format!("a trained number is not finite ({value})"))),
+        None => Ok(()),
+    }
 }
