@@ -27,7 +27,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     match arguments.first() {
-        Some(first) if first == ONE => return run_one(&arguments[1..]),
+        Some(first) if first == ONE => return ExitCode::from(run_one(&arguments[1..])),
         Some(first) if first == "new" => return new(&arguments[1..]),
         Some(first) if first == "--list" => {
             for (name, level, what) in blocklora_check::list() {

@@ -12,11 +12,22 @@ const DEPENDENCIES: &[(&str, &str, &[&str])] = &[
     ("sdk/plugin", "blocklora-sdk", &["blocklora-spec"]),
     ("sdk/check", "blocklora-check", &["blocklora-sdk"]),
     ("sdk/client", "blocklora-client", &[]),
-    ("daemon/service", "blocklora-service", &["blocklora-engine", "blocklora-sdk", "blocklora-spec"]),
+    (
+        "daemon/service",
+        "blocklora-service",
+        &["blocklora-check", "blocklora-engine", "blocklora-sdk", "blocklora-spec"],
+    ),
     (
         "daemon/cli",
         "blocklora-cli",
-        &["blocklora-client", "blocklora-engine", "blocklora-sdk", "blocklora-service", "blocklora-spec"],
+        &[
+            "blocklora-check",
+            "blocklora-client",
+            "blocklora-engine",
+            "blocklora-sdk",
+            "blocklora-service",
+            "blocklora-spec",
+        ],
     ),
     ("tests/tree", "blocklora-tree", &[]),
 ];
