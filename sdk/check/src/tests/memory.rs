@@ -4,7 +4,7 @@ use blocklora_sdk::manifest::PluginKind;
 use blocklora_sdk::merge::{Layer, LayerPlan, Tile};
 use blocklora_sdk::rng::{Rng, Stream};
 use blocklora_sdk::testing::{Gaussian, Problem, Quadratic, TestJob};
-use blocklora_sdk::{Code, Value};
+use blocklora_sdk::Code;
 
 use crate::subject::{Subject, Verdict, wrong};
 
@@ -95,7 +95,7 @@ fn sample(subject: &Subject) -> Result<Option<u64>, String> {
 }
 
 fn train(subject: &Subject) -> Result<Option<u64>, String> {
-    let trainer = subject.trainer(&Value::Null)?;
+    let trainer = super::train::trainer(subject, 60)?;
     let mut host = Quadratic::new();
     host.stop_at = Some(50);
     peak(|| match trainer.train(&mut host) {

@@ -14,7 +14,7 @@ fn text(error: Error) -> String {
 
 /// The trainer for `steps` steps, as far as its settings have the SDK's names (steps, rank, learning_rate): rates that
 /// suit the problem, and a rank that reaches its optimum.
-fn trainer(subject: &Subject, steps: usize) -> Result<Box<dyn AnyTrainer>, String> {
+pub fn trainer(subject: &Subject, steps: usize) -> Result<Box<dyn AnyTrainer>, String> {
     let schema = subject.library.schema().map_err(|e| format!("no schema: {e}"))?;
     let rates = json!({"tokens": 0.02, "text_encoder": 0.02, "unet": 0.02});
     let wanted =
