@@ -91,7 +91,7 @@ fn sample(subject: &Subject) -> Result<Option<u64>, String> {
         Err(e) if e.code != Code::InvalidConfig => wrong(e.message),
         _ => Ok(()),
     })?;
-    Ok(taken.map(|taken| taken.saturating_sub(4 * (n as u64 * 4 >> 20))))
+    Ok(taken.map(|taken| taken.saturating_sub(4 * ((n as u64 * 4) >> 20))))
 }
 
 fn train(subject: &Subject) -> Result<Option<u64>, String> {

@@ -13,7 +13,7 @@ pub fn check_whole(path: &Path) -> Result<(), String> {
     let cut = || format!("the file is cut off after {} bytes", bytes.len());
     let number = |at: usize, size: usize| -> Option<u64> {
         let field = bytes.get(at..at.checked_add(size)?)?;
-        Some(field.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+        Some(field.iter().rev().fold(0, |value, &byte| (value << 8) | u64::from(byte)))
     };
     // e_phoff, e_phentsize and e_phnum of the ELF header; p_offset and p_filesz of each program header.
     let table = || Some((number(32, 8)? as usize, number(54, 2)? as usize, number(56, 2)? as usize));
