@@ -1,10 +1,10 @@
 //! What the plugin takes while it works.
 
+use blocklora_sdk::Code;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_sdk::merge::{Layer, LayerPlan, Tile};
 use blocklora_sdk::rng::{Rng, Stream};
 use blocklora_sdk::testing::{Gaussian, Problem, Quadratic, TestJob};
-use blocklora_sdk::Code;
 
 use crate::subject::{Subject, Verdict, wrong};
 
