@@ -47,7 +47,7 @@ machine_boot() {
     systemd-nspawn -q --register=no --keep-unit --private-network -b -D "$root" > "$root.console" 2>&1 < /dev/null &
     machine_nspawn=$!
     machine_init=
-    for _ in $(seq 300); do
+    for _ in $(seq 1200); do
         kill -0 $machine_nspawn 2>/dev/null ||
             { tail -5 "$root.console" >&2; machine_say "systemd-nspawn ended while booting"; exit 1; }
         [ -n "$machine_init" ] || machine_init=$(cat /proc/$machine_nspawn/task/*/children | cut -d' ' -f1)
@@ -57,7 +57,7 @@ machine_boot() {
         esac
         sleep 0.1
     done
-    machine_say "the system does not boot within 30 seconds: $root.console"
+    machine_say "the system does not boot within two minutes: $root.console"
     exit 1
 }
 
