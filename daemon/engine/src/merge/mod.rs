@@ -6,6 +6,8 @@
 mod adapter;
 mod composition;
 pub mod conflicts;
+#[cfg(test)]
+mod conflicts_tests;
 mod dense;
 #[cfg(test)]
 mod dense_tests;
