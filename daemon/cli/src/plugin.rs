@@ -1,6 +1,10 @@
 //! `blocklora plugin`: the merge strategies, trainers and samplers that are installed.
 
+use std::path::{Path, PathBuf};
+
+use blocklora_check::Level;
 use blocklora_sdk::manifest::PluginKind;
+use blocklora_service::plugins::check::Request;
 use blocklora_service::plugins::{Entry, State};
 use serde_json::json;
 
@@ -11,7 +15,45 @@ use crate::{methods, output};
 pub enum Command {
     List(ListArgs),
     Info(InfoArgs),
+    Check(CheckArgs),
+    New(NewArgs),
     Quarantine(QuarantineArgs),
+}
+
+/// Run the conformance tests of a plugin's library, each in a process of its own
+///
+/// The manifest must lie beside the library. A line that failed says what to do, and how to repeat it.
+#[derive(clap::Args)]
+pub struct CheckArgs {
+    /// The library
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// How much to test: 0 (it loads), 1 (its settings), 2 (its behaviour and numbers), 3 (on many random problems)
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=3))]
+    level: u32,
+    /// Only this test; may be given several times
+    #[arg(long, value_name = "NAME")]
+    test: Vec<String>,
+    /// The seed that a report names: repeats that run
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    reproduce: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Make a crate for a new plugin in this folder, which passes its tests as it is
+#[derive(clap::Args)]
+pub struct NewArgs {
+    /// Its id: lower-case letters, digits and '-'
+    #[arg(value_name = "ID")]
+    id: String,
+    /// What it does: merge, train or sample
+    #[arg(long, value_name = "KIND", value_parser = ["merge", "train", "sample"])]
+    kind: String,
+    /// The folder of the SDK to build with [default: the released one]
+    #[arg(long, value_name = "DIR")]
+    sdk: Option<PathBuf>,
 }
 
 /// List the plugins
@@ -71,8 +113,32 @@ pub fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::List(args) => list(args),
         Command::Info(args) => info(args),
+        Command::Check(args) => check(args),
+        Command::New(args) => new(args),
         Command::Quarantine(args) => quarantine(args),
     }
+}
+
+fn check(args: &CheckArgs) -> anyhow::Result<()> {
+    let level = Level::from_number(args.level).unwrap_or(Level::Behaviour);
+    let request =
+        Request { level, only: args.test.clone(), seed: args.reproduce, is_cancelled: &crate::interrupt::requested };
+    let report = blocklora_service::plugins::check::check(&args.file, request)?;
+    if args.json {
+        output::print_json(&report)?;
+    } else {
+        output::print(&report.to_text())?;
+    }
+    anyhow::ensure!(!report.tests.is_empty(), "no test was run: blocklora-check --list names them");
+    anyhow::ensure!(report.passed, "{}: the plugin does not conform", args.file.display());
+    Ok(())
+}
+
+fn new(args: &NewArgs) -> anyhow::Result<()> {
+    let kinds = [PluginKind::Merge, PluginKind::Train, PluginKind::Sample];
+    let kind = kinds.into_iter().find(|kind| kind.as_str() == args.kind).unwrap_or(PluginKind::Merge);
+    let folder = blocklora_check::new_plugin(&args.id, kind, Path::new("."), args.sdk.as_deref())?;
+    Ok(output::print(&format!("{}: build it with cargo build, then check the library\n", folder.display()))?)
 }
 
 fn state(entry: &Entry) -> (&'static str, &str) {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blocklora_check::Level;
 use blocklora_engine::merge::strategy::MergeStrategy;
 use blocklora_engine::sample::Sampler;
 use blocklora_engine::train::Trainer;
@@ -10,6 +11,7 @@ use blocklora_sdk::manifest::PluginKind;
 use blocklora_spec::Partition;
 use serde_json::{Map, Value, json};
 
+use super::check::{Request, check};
 use super::{Entry, Plugins, State};
 use crate::error::{Error, Kind, Result};
 use crate::methods::{MethodInfo, MethodKind, Methods};
@@ -105,12 +107,12 @@ impl Methods for Plugins {
         Ok(())
     }
 
-    fn validate(&self, id: &str, _level: u32, _is_cancelled: &dyn Fn() -> bool) -> Result<String> {
-        // What the host itself knows: that it loads, from a fresh scan.
+    fn validate(&self, id: &str, level: u32, is_cancelled: &dyn Fn() -> bool) -> Result<String> {
         let (kind, id) = self.split(id)?;
-        let info = self.info(kind, &id)?;
-        Ok(json!({"plugin": info.entry.found.manifest.full_name(), "digest": info.entry.digest, "loads": true})
-            .to_string())
+        let library = self.info(kind, &id)?.entry.found.library;
+        let level = Level::from_number(level).ok_or_else(|| Error::option("level: must be 0 to 3"))?;
+        let request = Request { level, only: Vec::new(), seed: 1, is_cancelled };
+        Ok(json!(check(&library, request)?).to_string())
     }
 
     fn tainted(&self) -> bool {

@@ -5,6 +5,7 @@
 //! remembered by the digest of its file. A library that crashes or hangs is quarantined until its file changes or the
 //! quarantine is lifted.
 
+pub mod check;
 pub mod discover;
 mod error;
 mod helper;
@@ -244,6 +245,10 @@ impl Plugins {
         if let Some(found) = catalogue.found.remove(&(kind, id.to_owned())) {
             return Ok(found);
         }
+        let has_alias = |found: &&Found| found.manifest.kind == kind && found.manifest.aliases.contains_key(id);
+        if let Some(found) = catalogue.found.values().find(has_alias) {
+            return Ok(found.clone());
+        }
         // A manifest that is there but wrong explains more than a list of others.
         let file = format!("{kind}-{id}.toml");
         if let Some(broken) = catalogue.broken.into_iter().find(|b| b.path.file_name().is_some_and(|n| *n == *file)) {
@@ -292,6 +297,7 @@ impl Plugins {
     fn method(&self, kind: PluginKind, id: &str, given: &Value) -> Result<Method> {
         let found = self.find(kind, id)?;
         let name = found.manifest.full_name();
+        let given = &with_alias(found.manifest.aliases.get(id), given);
         let (digest, scanned) = self.scanned(&found)?;
         settings::check(&scanned.schema, given)
             .map_err(|reason| PluginError::Settings { name: name.clone(), reason })?;
@@ -308,8 +314,8 @@ impl Plugins {
                 (Code::Worker(worker), config)
             }
         };
-        let version = found.manifest.version;
-        let algorithm = Algorithm { id: id.to_owned(), version, digest: Some(digest), config };
+        let Manifest { id, version, .. } = found.manifest;
+        let algorithm = Algorithm { id, version, digest: Some(digest), config };
         Ok(Method { name, algorithm, code })
     }
 
@@ -329,6 +335,19 @@ impl Plugins {
     }
 }
 
+/// The settings that a method's other name stands for, and on top of them the ones that were given.
+fn with_alias(alias: Option<&Value>, given: &Value) -> Value {
+    match (alias, given) {
+        (Some(Value::Object(alias)), Value::Object(given)) => {
+            let mut settings = alias.clone();
+            settings.extend(given.clone());
+            Value::Object(settings)
+        }
+        (Some(alias), Value::Null) => alias.clone(),
+        _ => given.clone(),
+    }
+}
+
 fn refused(name: &str, error: blocklora_sdk::Error) -> PluginError {
     PluginError::Settings { name: name.to_owned(), reason: error.message }
 }
@@ -343,6 +362,7 @@ pub fn serve_hidden_command(arguments: &[std::ffi::OsString]) -> Option<u8> {
     match arguments {
         [command, manifest] if command == scan::COMMAND => Some(scan::serve(manifest.as_ref())),
         [command, manifest] if command == worker::child::COMMAND => Some(worker::child::serve(manifest.as_ref())),
+        [command, one @ ..] if command == check::COMMAND => Some(blocklora_check::run_one(one)),
         _ => None,
     }
 }
