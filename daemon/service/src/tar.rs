@@ -22,9 +22,7 @@ pub fn write(folder: &Path, out: &File, goes_on: &dyn Fn() -> bool) -> Result<(u
     let flags = fcntl_getfl(out).map_err(|e| fail(&e.into()))?;
     fcntl_setfl(out, flags | OFlags::NONBLOCK).map_err(|e| fail(&e.into()))?;
     let mut out = Out { file: out, goes_on, bytes: 0 };
-    let mut paths = Vec::new();
-    list(folder, &mut paths)?;
-    paths.sort();
+    let paths = files(folder)?;
     for path in &paths {
         let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
         let mut file = File::open(path).map_err(|e| Error::io(path.display(), &e))?;
@@ -51,6 +49,14 @@ pub fn write(folder: &Path, out: &File, goes_on: &dyn Fn() -> bool) -> Result<(u
     }
     out.write_all(&[0; 1024]).map_err(|e| fail(&e))?;
     Ok((out.bytes, paths.len() as u32))
+}
+
+/// The files in `folder` and in the folders below it, by name.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    list(folder, &mut paths)?;
+    paths.sort();
+    Ok(paths)
 }
 
 fn list(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {

@@ -40,10 +40,18 @@ impl Catalogue {
         Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: false })
     }
 
-    /// A catalogue that is gone with the process, for a folder that cannot be written.
+    /// A catalogue that is gone with the process, for a folder that cannot be written; it begins with what is there.
     pub fn in_memory(folder: &Path) -> Result<Self> {
         let mut connection = Connection::open_in_memory()?;
         schema::migrate(&mut connection)?;
+        let path = folder.join("catalogue.sqlite");
+        if path.is_file() {
+            // Where no file can be made beside it, SQLite reads it only as one that nobody changes.
+            let known = ["mode=ro", "immutable=1"].into_iter().map(|how| copy_from(&mut connection, &path, how));
+            if let Err(error) = known.reduce(|one, other| one.or(other)).unwrap_or(Ok(())) {
+                tracing::error!("{}: cannot be read: {error}", path.display());
+            }
+        }
         Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: true })
     }
 
@@ -92,6 +100,21 @@ impl Catalogue {
         })
         .map(|boot| boot as u64)
     }
+}
+
+/// Copies the catalogue in the file `path`, if it has today's tables.
+fn copy_from(connection: &mut Connection, path: &Path, how: &str) -> rusqlite::Result<()> {
+    let uri = format!("file:{}?{how}", path.display().to_string().replace('%', "%25").replace('?', "%3f"));
+    connection.execute("ATTACH ? AS old", [uri])?;
+    let copied = (|| {
+        let transaction = connection.transaction()?;
+        for table in ["meta", "models", "adapters", "leases", "jobs"] {
+            transaction.execute(&format!("INSERT OR REPLACE INTO main.{table} SELECT * FROM old.{table}"), [])?;
+        }
+        transaction.commit()
+    })();
+    connection.execute("DETACH old", [])?;
+    copied
 }
 
 /// The columns of a partition: scheme's name, capacity, seed.

@@ -71,10 +71,10 @@ fn export_files(adapter: &Adapter, format: &str) -> Result<Vec<(OwnedFd, Dict)>>
         "diffusers" => export::diffusers(adapter, &path)?,
         "textual-inversion" => export::textual_inversion(adapter, &path)?,
         "peft" => {
-            let files = export::peft(adapter, folder.path().join("peft"))?;
             let root = folder.path().join("peft");
+            export::peft(adapter, &root)?;
             let relative = |path: &Path| path.strip_prefix(&root).unwrap_or(path).display().to_string();
-            return files.iter().map(|path| file(path, relative(path))).collect();
+            return crate::tar::files(&root)?.iter().map(|path| file(path, relative(path))).collect();
         }
         other => {
             let known = "blocklora, kohya, diffusers, peft or textual-inversion";

@@ -171,7 +171,8 @@ async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Method
 }
 
 fn open_catalogue(folder: &std::path::Path) -> Result<Catalogue> {
-    match Catalogue::open(folder) {
+    let opened = Catalogue::open(folder).and_then(|catalogue| catalogue.probe().map(|()| catalogue));
+    match opened {
         Err(error) if matches!(error.kind, Kind::StorageReadOnly | Kind::StorageFull) => {
             tracing::error!("{error}; nothing will be remembered until the state folder can be written");
             Catalogue::in_memory(folder)
