@@ -319,7 +319,7 @@ mod tests {
             assert!(catalogue.add_adapter(&entry(i)).unwrap());
         }
         assert!(!catalogue.add_adapter(&entry(7)).unwrap());
-        let mut time = |what: &str, filter: Filter, offset: u32, count: u64, first: &str| {
+        let time = |what: &str, filter: Filter, offset: u32, count: u64, first: &str| {
             let mut best = f64::INFINITY;
             for _ in 0..3 {
                 let start = Instant::now();

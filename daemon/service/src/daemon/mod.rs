@@ -336,12 +336,14 @@ impl Daemon {
         self.drop_loose(client);
         for (path, object) in self.objects() {
             match object {
-                Object::Job(job) if job.owner.client == client && job.lifetime == Lifetime::Connection => {
-                    if !job.status(|s| s.state.is_final()) {
-                        tracing::info!("job {}: cancelled, because its client {client} has gone", job.id);
-                        // A training keeps what it has done, for when it is asked for again.
-                        self.stop_job(&job, Stop::Checkpoint);
-                    }
+                Object::Job(job)
+                    if job.owner.client == client
+                        && job.lifetime == Lifetime::Connection
+                        && !job.status(|s| s.state.is_final()) =>
+                {
+                    tracing::info!("job {}: cancelled, because its client {client} has gone", job.id);
+                    // A training keeps what it has done, for when it is asked for again.
+                    self.stop_job(&job, Stop::Checkpoint);
                 }
                 Object::Composition(composition)
                     if composition.owner.client == client && composition.lifetime == Lifetime::Connection =>

@@ -271,7 +271,7 @@ impl Peer {
         let rule = gone_rule(sender).map_err(fail)?;
         // First the rule: who goes in between is then unknown to the bus.
         bus.add_match_rule(rule.clone()).await.map_err(|e| fail(e.into()))?;
-        let name = zbus::names::BusName::try_from(sender.to_owned()).map_err(|e| fail(e.into()))?;
+        let name = zbus::names::BusName::try_from(sender.to_owned()).map_err(fail)?;
         let credentials = match bus.get_connection_credentials(name).await {
             Ok(credentials) => credentials,
             Err(error) => {
