@@ -17,6 +17,17 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Its name in the daemon's interface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 /// How adapters add up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Strategy {
@@ -41,12 +52,12 @@ pub enum Clash {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Folder of the base model in the diffusers layout [default: the bundled starter model]
+    /// Folder of the base model in the diffusers layout [default: the daemon's, or the bundled starter model]
     #[arg(long, value_name = "DIR")]
     pub base: Option<PathBuf>,
-    /// Storage type of the weights
-    #[arg(long, value_enum, default_value = "f32")]
-    pub precision: Precision,
+    /// Storage type of the weights [default: the daemon's, or f32]
+    #[arg(long, value_enum)]
+    pub precision: Option<Precision>,
 }
 
 /// How to merge.
@@ -56,6 +67,18 @@ pub struct MergeArgs {
     /// How concepts add up
     #[arg(long, value_enum, default_value = "blocklora")]
     pub strategy: Strategy,
+    /// What to do with concepts that own the same rows
+    #[arg(long, value_enum, default_value = "refuse")]
+    pub on_clash: Clash,
+}
+
+/// How a daemon merges.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Merging")]
+pub struct SetArgs {
+    /// How concepts add up: blocklora, blocklora-sum1, average, or another strategy of `blocklora plugin list`
+    #[arg(long, value_name = "NAME", default_value = "blocklora")]
+    pub strategy: String,
     /// What to do with concepts that own the same rows
     #[arg(long, value_enum, default_value = "refuse")]
     pub on_clash: Clash,
@@ -110,6 +133,15 @@ pub struct WeightedFile {
     pub weight: f32,
 }
 
+impl WeightedFile {
+    /// Whether it is a name or digest in the daemon's library rather than a file: it looks like no file name, and no
+    /// file of that name is there.
+    pub fn is_of_library(&self) -> bool {
+        let looks_like_a_file = self.path.components().count() > 1 || self.path.extension().is_some();
+        !looks_like_a_file && !self.path.exists()
+    }
+}
+
 impl FromStr for WeightedFile {
     type Err = String;
 
@@ -156,6 +188,16 @@ mod tests {
         assert_eq!(parse("a=b.st=0.5"), Ok(WeightedFile { path: "a=b.st".into(), weight: 0.5 }));
         assert_eq!(parse("a.st=-1"), Ok(WeightedFile { path: "a.st".into(), weight: -1.0 }));
         assert!(parse("a.st=x").is_err() && parse("a.st=inf").is_err());
+    }
+
+    #[test]
+    fn names_without_a_file_are_of_the_library() {
+        let of_library = |t: &str| t.parse::<WeightedFile>().map(|w| w.is_of_library());
+        assert_eq!(of_library("milo"), Ok(true));
+        assert_eq!(of_library("milo=0.5"), Ok(true));
+        assert_eq!(of_library("milo.safetensors"), Ok(false));
+        assert_eq!(of_library("./milo"), Ok(false));
+        assert_eq!(of_library("src"), Ok(false), "the tests run in a folder that has src");
     }
 
     #[test]

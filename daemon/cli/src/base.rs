@@ -18,6 +18,11 @@ pub fn folder(chosen: Option<&Path>) -> anyhow::Result<PathBuf> {
     check(&starter.join("model"))
 }
 
+/// Whether `$BLOCKLORA_MODEL` names a model.
+pub fn is_in_environment() -> bool {
+    std::env::var_os(VARIABLE).is_some_and(|value| !value.is_empty())
+}
+
 /// The folder of the bundled starter: `model`, `clip`, `concepts` and `adapters`.
 pub fn starter() -> anyhow::Result<PathBuf> {
     let executable = std::env::current_exe().context("cannot find this executable")?;

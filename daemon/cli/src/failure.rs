@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::daemon::watch;
+
 /// An error in how the command was called; exits with 2 like a usage error found by the parser.
 #[derive(Debug)]
 pub struct Usage(pub String);
@@ -25,6 +27,18 @@ impl std::fmt::Display for Interrupted {
 }
 
 impl std::error::Error for Interrupted {}
+
+/// No daemon could be reached or started; exits with 3.
+#[derive(Debug)]
+pub struct NoDaemon(pub String);
+
+impl std::fmt::Display for NoDaemon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no daemon: {}", self.0)
+    }
+}
+
+impl std::error::Error for NoDaemon {}
 
 /// Fails with exit code 2.
 pub fn usage<T>(reason: impl Into<String>) -> anyhow::Result<T> {
@@ -52,13 +66,19 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let line = line_of(error);
-    let cancelled = matches!(error.downcast_ref(), Some(blocklora_engine::Error::Cancelled));
+    let cancelled = matches!(error.downcast_ref(), Some(blocklora_engine::Error::Cancelled)) || watch::is_cancelled(error);
     if cancelled || error.is::<Interrupted>() {
         eprintln!("blocklora: {}", if cancelled { "interrupted" } else { &line });
         return ExitCode::from(130);
     }
     eprintln!("blocklora: error: {line}");
-    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+    ExitCode::from(if error.is::<Usage>() {
+        2
+    } else if error.is::<NoDaemon>() {
+        3
+    } else {
+        1
+    })
 }
 
 /// `text` with every run of white space that contains a line break made one space.

@@ -2,71 +2,148 @@
 
 use std::path::{Path, PathBuf};
 
-use blocklora_engine::image::AdapterUse;
+use blocklora_client::{CancelMode, Generate, Generated, ResultFile};
 
-use crate::args::{MergeArgs, ModelArgs, SamplingArgs, WeightedFile};
-use crate::draw::{self, Job};
+use crate::args::{ModelArgs, SetArgs, Size, WeightedFile};
+use crate::daemon::{self, choose_model, watch};
+use crate::like::{self, Recipe};
 use crate::output::{self, OutputFile};
-use crate::{progress, session};
+use crate::set::{self, Members};
+use crate::terminal::{Preview, Screen};
 
 /// Draw a prompt, with any number of concepts merged into the model
 ///
 /// The prompt names a concept in angle brackets: "<milo> and <zuko> on the beach". Every PNG holds the settings that
-/// made it; the same settings give the same picture.
+/// made it; the same settings give the same picture, and `--like` draws it again from them.
 #[derive(clap::Args)]
 pub struct Args {
     /// What to draw
-    prompt: String,
-    /// An adapter file to merge, and how strongly (1 is as trained); may be given many times
+    #[arg(required_unless_present = "like")]
+    prompt: Option<String>,
+    /// An adapter to merge, a file or a name of the library, and how strongly (1 is as trained); may be given many times
     #[arg(long, value_name = "FILE[=WEIGHT]")]
     with: Vec<WeightedFile>,
+    /// Draw as this picture was drawn; what other options say counts more. Adapters are looked for by their digests in
+    /// --with, beside the picture, in the current folder, among the bundled ones and in the library
+    #[arg(long, value_name = "IMAGE.png")]
+    like: Option<PathBuf>,
     /// What to steer away from
-    #[arg(long, value_name = "PROMPT", default_value = "")]
-    negative: String,
+    #[arg(long, value_name = "PROMPT")]
+    negative: Option<String>,
     /// Pictures to draw; picture i has the seed SEED + i
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     count: u16,
     /// The PNG file to write; with --count N > 1, FILE-1.png to FILE-N.png
     #[arg(short, long, value_name = "FILE.png")]
     output: PathBuf,
+    /// How to show pictures on the terminal, in progress and done
+    #[arg(long, value_enum, default_value = "auto", value_name = "HOW")]
+    preview: Preview,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Seed of the first picture [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    seed: Option<u64>,
+    /// Sampling steps [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Sampling", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    steps: Option<u16>,
+    /// How closely to follow the prompt; 1 is no guidance [default: 7.5]
+    #[arg(long, value_name = "SCALE", help_heading = "Sampling", allow_negative_numbers = true)]
+    guidance: Option<f32>,
+    /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list` [default: dpmpp-2m]
+    #[arg(long, value_name = "NAME", help_heading = "Sampling")]
+    sampler: Option<String>,
+    /// Size in pixels: one number, or WIDTHxHEIGHT [default: the model's own]
+    #[arg(long, help_heading = "Sampling")]
+    size: Option<Size>,
     #[command(flatten)]
-    sampling: SamplingArgs,
-    #[command(flatten)]
-    merge: MergeArgs,
+    set: SetArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
 
+#[derive(serde::Serialize)]
+struct Json<'a> {
+    files: &'a [PathBuf],
+    #[serde(flatten)]
+    generated: &'a Generated,
+}
+
 /// Runs the command.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let paths = numbered(&args.output, args.count);
     let files = paths.iter().map(|p| OutputFile::create(p)).collect::<anyhow::Result<Vec<_>>>()?;
-    let (session, _) = session::open_merged(&args.model, &args.merge, &args.with)?;
-    session::check_prompt(&args.prompt, &session)?;
-    session::check_prompt(&args.negative, &session)?;
-    let settings = draw::Settings::new(&args.sampling, &session.model)?;
-    let job = |i: u16| Job {
-        prompt: args.prompt.clone(),
-        negative: args.negative.clone(),
-        seed: args.sampling.seed.wrapping_add(u64::from(i)),
-    };
-    let jobs: Vec<Job> = (0..args.count).map(job).collect();
-    let bar = progress::bar("drawing", jobs.len() * settings.steps);
-    // One by one, so that picture 3 of 4 is the one that its own seed gives.
-    let pictures = draw::draw(&session, &jobs, &settings, 1, &bar)?;
-    bar.finish_and_clear();
-    let used: Vec<AdapterUse> = session
-        .adapters
-        .iter()
-        .zip(&args.with)
-        .map(|(a, w)| AdapterUse { name: a.manifest().name.clone(), digest: a.digest().to_owned(), weight: w.weight })
-        .collect();
-    let mut contents = Vec::new();
-    for (job, picture) in jobs.iter().zip(&pictures) {
-        let request = settings.request(job, &session.concepts);
-        contents.push(picture.to_png(Some(&request.parameters(&session.model, 0, &used)))?);
+    let recipe = args.like.as_deref().map(|picture| like::read(picture, &args.with)).transpose()?;
+    let with = recipe.as_ref().map_or(&args.with, |recipe| &recipe.with);
+    set::check_files(with)?;
+    let (generated, pictures) = daemon::run(draw(args, options, recipe.as_ref(), with))?;
+    output::write_all(files.into_iter().zip(pictures.into_iter().map(|file| file.bytes)).collect())?;
+    if args.json {
+        return output::print_json(&Json { files: &paths, generated: &generated });
     }
-    output::write_all(files.into_iter().zip(contents).collect())
+    Ok(())
+}
+
+/// The request that `args` make, on top of how another picture was drawn.
+fn request(args: &Args, recipe: Option<&Recipe>) -> Generate {
+    let (strategy, strategy_config) = set::strategy(&args.set);
+    let mut request = Generate {
+        strategy: Some(strategy),
+        strategy_config,
+        count: Some(u32::from(args.count)),
+        formats: vec!["png".into()],
+        ..Generate::default()
+    };
+    if let Some(recipe) = recipe {
+        recipe.apply(&mut request);
+    }
+    if let Some(prompt) = &args.prompt {
+        request.prompt.clone_from(prompt);
+    }
+    if let Some(Size { width, height }) = args.size {
+        (request.width, request.height) = (u32::try_from(width).ok(), u32::try_from(height).ok());
+    }
+    request.negative_prompt = args.negative.clone().or(request.negative_prompt);
+    request.seed = args.seed.or(request.seed);
+    request.steps = args.steps.map(u32::from).or(request.steps);
+    request.guidance_scale = args.guidance.map(f64::from).or(request.guidance_scale);
+    request.sampler = args.sampler.clone().or(request.sampler);
+    request
+}
+
+async fn draw(
+    args: &Args,
+    options: &daemon::Options,
+    recipe: Option<&Recipe>,
+    with: &[WeightedFile],
+) -> anyhow::Result<(Generated, Vec<ResultFile>)> {
+    let daemon = daemon::connect(options, set::state_for(with)).await?;
+    let wanted = recipe.map(Recipe::precision);
+    let model_args = ModelArgs { precision: args.model.precision.or(wanted), ..args.model.clone() };
+    let model = choose_model(&daemon, &model_args).await?;
+    if let Some(recipe) = recipe {
+        recipe.check_model(&model)?;
+    }
+    let members = Members::new(&daemon, &model, with).await?;
+    let mut request = request(args, recipe);
+    members.check_prompt(&request.prompt, &model)?;
+    members.check_prompt(request.negative_prompt.as_deref().unwrap_or_default(), &model)?;
+    request.target = Some(model.model.path().clone().into());
+    request.adapters = members.entries();
+    let job = daemon.client.generate(&request).await?;
+    let mut screen = Screen::open(args.preview);
+    let steps = request.steps.unwrap_or(20) as usize * usize::from(args.count);
+    let look = watch::Look { label: "drawing", steps, screen: screen.as_mut(), on_interrupt: CancelMode::Discard };
+    let generated = watch::follow(&job, look).await?;
+    let mut pictures = job.take_results(false).await?;
+    pictures.sort_by_key(|picture| picture.index);
+    anyhow::ensure!(pictures.len() == usize::from(args.count), "the daemon gave {} pictures", pictures.len());
+    if let (Some(screen), Some(last)) = (&mut screen, pictures.last()) {
+        screen.show(&last.bytes);
+    }
+    daemon.close().await;
+    Ok((generated, pictures))
 }
 
 /// `path`, or `path` with -1 to -count before its extension.

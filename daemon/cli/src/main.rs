@@ -5,12 +5,16 @@
 
 mod args;
 mod base;
+mod daemon;
 mod failure;
 mod interrupt;
+mod like;
 mod output;
 mod plot;
 mod progress;
+mod set;
 mod table;
+mod terminal;
 
 mod concepts;
 mod crosstalk;
@@ -19,19 +23,26 @@ mod judge;
 mod methods;
 mod session;
 
+mod adapters;
 mod bench;
 mod demo;
+mod doctor;
 mod export;
 mod generate;
 mod inspect;
+mod jobs;
+mod manual;
 mod merge;
+mod models;
 mod plugin;
 mod score;
+mod slots;
+mod status;
 mod train;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Pages freed by one denoising step are wanted by the next; the default allocator gives them back to the system.
 #[global_allocator]
@@ -42,10 +53,18 @@ Exit codes:
   0    done
   1    failed; one line on stderr says what and what to do
   2    wrong usage
+  3    no daemon could be reached or started
   130  interrupted by Ctrl-C
 
 Environment:
-  BLOCKLORA_MODEL  the model folder to use where --base is not given";
+  BLOCKLORA_DAEMON  the daemon to use where --daemon is not given
+  BLOCKLORA_MODEL   the model folder to use where --base is not given
+
+Files:
+  $XDG_RUNTIME_DIR/blocklora/bus, /run/blocklora/bus   sockets of the user's and of the machine's daemon
+  $XDG_STATE_HOME/blocklora                            the user's library (~/.local/state/blocklora by default)
+
+With no daemon running, a command starts one for itself, which ends with it.";
 
 /// Teach an image model new concepts, merge any number of them exactly, and draw them.
 ///
@@ -56,8 +75,28 @@ struct Cli {
     /// Threads to compute with [default: one per core]
     #[arg(long, global = true, value_name = "N", help_heading = "Global options")]
     threads: Option<std::num::NonZeroUsize>,
+    /// Which daemon to use: auto (one that runs, else a private one), private, session, system, or a socket's path
+    /// [default: $BLOCKLORA_DAEMON, or auto]
+    #[arg(long, global = true, value_name = "WHERE", help_heading = "Global options")]
+    daemon: Option<daemon::Choice>,
     #[command(subcommand)]
     command: Command,
+}
+
+impl Cli {
+    /// Which daemon to use.
+    fn daemon(&self) -> anyhow::Result<daemon::Options> {
+        const VARIABLE: &str = "BLOCKLORA_DAEMON";
+        let choice = match (&self.daemon, std::env::var(VARIABLE)) {
+            (Some(choice), _) => choice.clone(),
+            (None, Ok(text)) if !text.is_empty() => match text.parse() {
+                Ok(choice) => choice,
+                Err(reason) => return failure::usage(format!("${VARIABLE}: {reason}")),
+            },
+            (None, _) => daemon::Choice::Auto,
+        };
+        Ok(daemon::Options { choice, threads: self.threads })
+    }
 }
 
 #[derive(Subcommand)]
@@ -70,9 +109,22 @@ enum Command {
     Export(export::Args),
     Score(score::Args),
     #[command(subcommand)]
+    Adapters(adapters::Command),
+    #[command(subcommand)]
+    Models(models::Command),
+    Slots(slots::Args),
+    #[command(subcommand)]
+    Jobs(jobs::Command),
+    #[command(subcommand)]
     Plugin(plugin::Command),
+    Status(status::Args),
+    Doctor(doctor::Args),
     #[command(subcommand)]
     Bench(bench::Command),
+    #[command(name = "__man", hide = true)]
+    Man(manual::ManArgs),
+    #[command(name = "__completions", hide = true)]
+    Completions(manual::CompletionsArgs),
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -80,15 +132,24 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
     }
     interrupt::install()?;
+    let daemon = cli.daemon()?;
     match cli.command {
         Command::Demo(args) => demo::run(&args),
-        Command::Train(args) => train::run(&args),
-        Command::Generate(args) => generate::run(&args),
-        Command::Merge(args) => merge::run(&args),
+        Command::Train(args) => train::run(&args, &daemon),
+        Command::Generate(args) => generate::run(&args, &daemon),
+        Command::Merge(args) => merge::run(&args, &daemon),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Adapters(command) => adapters::run(&command, &daemon),
+        Command::Models(command) => models::run(&command, &daemon),
+        Command::Slots(args) => slots::run(&args, &daemon),
+        Command::Jobs(command) => jobs::run(&command, &daemon),
         Command::Plugin(command) => plugin::run(&command),
+        Command::Status(args) => status::run(&args, &daemon),
+        Command::Doctor(args) => doctor::run(&args, &daemon),
+        Command::Man(args) => manual::man(&args, Cli::command()),
+        Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Bench(command) => bench::run(&command, cli.threads),
     }
 }

@@ -29,7 +29,7 @@ impl From<Precision> for DType {
 /// Loads the model that `args` names.
 pub fn open_model(args: &ModelArgs) -> anyhow::Result<Model> {
     let folder = base::folder(args.base.as_deref())?;
-    load_model(&folder, args.precision.into())
+    load_model(&folder, args.precision.unwrap_or(Precision::F32).into())
 }
 
 /// Loads the model in `folder`.

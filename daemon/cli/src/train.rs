@@ -1,21 +1,25 @@
 //! `blocklora train`: teach a concept from a folder of pictures.
 
-use std::collections::BTreeSet;
+mod checkpoint;
+mod rows;
+mod settings;
+
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use blocklora_engine::Error;
-use blocklora_engine::train::{Concept, Dataset, Progress, TrainReport, TrainRequest, Trainer, train};
-use blocklora_sdk::manifest::PluginKind;
-use blocklora_spec::{Adapter, Kind, Partition, Scheme, Storage};
+use blocklora_client::{CancelMode, ResultFile, Train, Trained};
+use blocklora_engine::train::Dataset;
+use blocklora_spec::{Adapter, Storage};
 use clap::ValueEnum;
-use serde_json::{Value, json};
 
 use crate::args::ModelArgs;
 use crate::concepts::Concepts;
-use crate::failure::{self, Interrupted};
-use crate::{interrupt, methods, output, progress, session};
+use crate::daemon::{self, Daemon, State, choose_model, watch};
+use crate::failure::Interrupted;
+use crate::output::{self, OutputFile};
+use rows::Rows;
 
 /// Teach the model a concept from a folder of pictures
 ///
@@ -24,7 +28,7 @@ use crate::{interrupt, methods, output, progress, session};
 /// concept.
 ///
 /// The result is one adapter file. The same pictures, settings and seed give the same file, byte for byte. Ctrl-C saves
-/// a checkpoint beside it; the same command with --resume goes on from there.
+/// a checkpoint; the same command with --resume goes on from there.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder with the pictures (PNG, JPEG or WebP)
@@ -39,14 +43,15 @@ pub struct Args {
     /// What kind of thing it is; decides the sentences that pictures are captioned with
     #[arg(long, value_enum, default_value = "subject")]
     kind: KindArg,
-    /// How to train: `blocklora plugin list` shows the trainers
-    #[arg(long, value_name = "ID", default_value = "blocklora")]
+    /// How to train: blocklora (own rows and output erasure), ed-lora (all rows), or another trainer of `blocklora
+    /// plugin list`
+    #[arg(long, value_name = "NAME", default_value = "blocklora")]
     method: String,
-    /// Settings of the method, as TOML; `blocklora plugin info train-ID` lists them
+    /// Settings of the method, as TOML; docs/guide.md lists them
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Which block of rows the concept owns: a number below the partition's capacity, or "none" for all rows [default:
-    /// the lowest slot that no adapter in the output's folder has]
+    /// the lowest slot that no adapter in the output's folder or in the daemon's library has]
     #[arg(long, value_name = "N")]
     slot: Option<Slot>,
     /// Training steps [default: what the settings say]
@@ -74,7 +79,7 @@ pub struct Args {
     model: ModelArgs,
 }
 
-/// [`Kind`] as people write it.
+/// A concept's kind as people write it.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum KindArg {
     /// A thing or an animal
@@ -87,13 +92,13 @@ enum KindArg {
     Style,
 }
 
-impl From<KindArg> for Kind {
-    fn from(kind: KindArg) -> Self {
-        match kind {
-            KindArg::Subject => Self::Subject,
-            KindArg::Person => Self::Person,
-            KindArg::Scene => Self::Scene,
-            KindArg::Style => Self::Style,
+impl KindArg {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Subject => "subject",
+            Self::Person => "person",
+            Self::Scene => "scene",
+            Self::Style => "style",
         }
     }
 }
@@ -107,18 +112,21 @@ enum StorageArg {
     F16,
 }
 
-impl From<StorageArg> for Storage {
-    fn from(storage: StorageArg) -> Self {
-        match storage {
-            StorageArg::F32 => Self::F32,
-            StorageArg::F16 => Self::F16,
+impl StorageArg {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
         }
     }
 }
 
+/// Which slot is asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Slot {
+    /// All rows.
     None,
+    /// This one.
     Number(u32),
 }
 
@@ -133,103 +141,22 @@ impl FromStr for Slot {
     }
 }
 
-/// The partition where neither settings nor options name one: the paper's blocks, for up to 16 concepts.
-const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
-
-/// The sampler that draws pictures of the class, for methods that learn them along.
-const CLASS_SAMPLER: &str = "ddim";
-
 /// Runs the command.
-pub fn run(args: &Args) -> anyhow::Result<()> {
-    let mut settings = read_settings(args.config.as_deref())?;
-    if let Some(steps) = args.steps {
-        settings["steps"] = json!(steps);
-    }
+pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
+    let settings = settings::read(args.config.as_deref(), &args.method, args.steps)?;
     output::check_file(&args.output)?;
-    let partition = choose_rows(args, &mut settings)?;
-    let trainer = methods::plugins().trainer(&args.method, &settings)?;
-    let dataset = dataset(&args.images)?;
-    let model = session::open_model(&args.model)?;
-    let concept = Concept { name: args.name.clone(), class_word: args.class.clone(), kind: args.kind.into() };
-    let steps = trainer.plan(&concept)?.steps;
-    let request = TrainRequest {
-        concept,
-        seed: args.seed,
-        output: args.output.clone(),
-        resume: args.resume,
-        storage: args.storage.into(),
-        licence: args.licence.clone(),
-        created: None,
-        sampler: methods::sampler(CLASS_SAMPLER).ok(),
-    };
-    let report = run_training(&model, &dataset, trainer.as_ref(), &request, steps)?;
-    finish(args, partition, &report)
+    let rows = Rows::asked_for(args.slot, &args.method, settings.partition.as_ref())?;
+    let pictures = pictures(&args.images)?;
+    // All pictures and captions are read here once, so that what is wrong is said at once and by the file's name.
+    Dataset::from_files(&pictures)?;
+    let (trained, rows, file) = daemon::run(teach(args, options, &settings, rows, &pictures))?;
+    OutputFile::create(&args.output)?.write(&file.bytes)?;
+    checkpoint::remove(&args.output)?;
+    finish(args, &trained, &rows)
 }
 
-fn read_settings(path: Option<&Path>) -> anyhow::Result<Value> {
-    let Some(path) = path else { return Ok(json!({})) };
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    toml::from_str(&text).with_context(|| format!("{}: not valid training settings", path.display()))
-}
-
-/// Decides which rows the concept owns, if the method has a say in that, and puts them into its settings.
-fn choose_rows(args: &Args, settings: &mut Value) -> anyhow::Result<Option<Partition>> {
-    if !methods::plugins().has_setting(PluginKind::Train, &args.method, "partition")? {
-        if let Some(Slot::Number(_)) = args.slot {
-            return failure::usage(format!(
-                "--slot: {} owns all rows; leave it out or use --method blocklora",
-                args.method
-            ));
-        }
-        return Ok(None);
-    }
-    let chosen: Option<Partition> = match settings.get("partition") {
-        None | Some(Value::Null) => None,
-        Some(partition) => Some(serde_json::from_value(partition.clone()).context("partition")?),
-    };
-    let partition = chosen.unwrap_or(PARTITION);
-    let partition = match args.slot {
-        Some(Slot::None) => None,
-        Some(Slot::Number(slot)) if slot < partition.capacity => Some(Partition { slot, ..partition }),
-        Some(Slot::Number(slot)) => {
-            return failure::usage(format!(
-                "--slot {slot}: the partition has the slots 0 to {}",
-                partition.capacity - 1
-            ));
-        }
-        // The settings chose a slot themselves.
-        None if chosen.is_some() => Some(partition),
-        None => Some(Partition { slot: free_slot(&args.output, &partition)?, ..partition }),
-    };
-    settings["partition"] = serde_json::to_value(partition)?;
-    Ok(partition)
-}
-
-/// The lowest slot of `partition` that no other adapter beside `output` has.
-fn free_slot(output: &Path, partition: &Partition) -> anyhow::Result<u32> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut taken = BTreeSet::new();
-    for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
-        let path = entry.with_context(|| folder.display().to_string())?.path();
-        let candidate = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
-        // Other safetensors files may lie there, too: what is not an adapter owns no slot.
-        if candidate && let Ok(adapter) = Adapter::open(&path) {
-            let same = |p: &Partition| Partition { slot: 0, ..*p } == Partition { slot: 0, ..*partition };
-            taken.extend(adapter.manifest().partition.filter(same).map(|p| p.slot));
-        }
-    }
-    match (0..partition.capacity).find(|slot| !taken.contains(slot)) {
-        Some(slot) => Ok(slot),
-        None => bail!(
-            "{}: its adapters have all {} slots: choose one with --slot, or settings with a larger capacity",
-            folder.display(),
-            partition.capacity
-        ),
-    }
-}
-
-/// The pictures of `folder`, with the captions of `concepts.json` if they are a bundled concept's.
-fn dataset(folder: &Path) -> anyhow::Result<Dataset> {
+/// The pictures of `folder` with their captions; those of `concepts.json` if they are a bundled concept's.
+fn pictures(folder: &Path) -> anyhow::Result<Vec<(PathBuf, Option<String>)>> {
     if !folder.is_dir() {
         bail!("{}: is not a folder: give the folder with the concept's pictures", folder.display());
     }
@@ -238,82 +165,114 @@ fn dataset(folder: &Path) -> anyhow::Result<Dataset> {
     if let (Some(parent), Some(name)) = (bundled, folder.file_name().and_then(|n| n.to_str())) {
         let concepts = Concepts::open(parent)?;
         if let Some(entry) = concepts.entries.iter().find(|e| e.name == name) {
-            return Ok(Dataset::from_files(&concepts.pictures(entry))?);
+            return Ok(concepts.pictures(entry));
         }
     }
-    Ok(Dataset::from_folder(folder)?)
+    Ok(Dataset::list_folder(folder)?)
 }
 
-fn run_training(
-    model: &blocklora_engine::model::Model,
-    dataset: &Dataset,
-    trainer: &dyn Trainer,
-    request: &TrainRequest,
-    steps: usize,
-) -> anyhow::Result<TrainReport> {
-    let bar = progress::bar("training", steps);
-    let mut at = 0;
-    let mut started = false;
-    let mut mean = None;
-    let mut step_done = |p: Progress| {
-        if !started {
-            // A resumed run begins in the middle: speed and ETA count from there.
-            bar.set_position(p.step.saturating_sub(1) as u64);
-            bar.reset_eta();
-            started = true;
+async fn teach(
+    args: &Args,
+    options: &daemon::Options,
+    settings: &settings::Settings,
+    rows: Rows,
+    pictures: &[(PathBuf, Option<String>)],
+) -> anyhow::Result<(Trained, Rows, ResultFile)> {
+    // A private daemon keeps its checkpoints where they were always kept: beside the output.
+    let state = State::Folder(checkpoint::folder(&args.output)?);
+    let asked = settings::fingerprint(args, settings, &rows, pictures)?;
+    let daemon = match daemon::running(options).await? {
+        Some(daemon) => daemon,
+        None => {
+            checkpoint::begin(&args.output, &asked, args.resume)?;
+            daemon::start(options, state).await?
         }
-        at = p.step;
-        // One step's loss says little: its timestep decides most of it.
-        let smooth = mean.map_or(p.loss, |m: f32| 0.98 * m + 0.02 * p.loss);
-        mean = Some(smooth);
-        bar.set_position(p.step as u64);
-        bar.set_message(format!("loss {smooth:.4}"));
-        interrupt::check()
     };
-    let result = train(model, dataset, trainer, request, &mut step_done);
-    bar.finish_and_clear();
+    let result = teach_with(&daemon, args, settings, rows, pictures).await;
+    let private = daemon.is_private();
+    daemon.close().await;
     match result {
-        Err(Error::Cancelled) => Err(Interrupted(format!(
-            "step {at} of {steps} is saved in {}; the same command with --resume goes on from there",
-            request.checkpoint_path().display()
-        ))
-        .into()),
-        result => Ok(result?),
+        // Nothing is worth keeping of a training that did not come to a checkpoint.
+        Err(error) if private && !checkpoint::is_there(&args.output) => {
+            checkpoint::remove(&args.output)?;
+            Err(error)
+        }
+        result => result,
     }
 }
 
-fn finish(args: &Args, partition: Option<Partition>, report: &TrainReport) -> anyhow::Result<()> {
-    let adapter = Adapter::open(&args.output)?;
-    // Words of one vector are what other tools can read.
-    let is_plain = adapter.tokens().iter().all(|token| token.layers == 1) && !adapter.tokens().is_empty();
-    let embedding = match is_plain {
-        false => None,
-        true => {
-            let path = args.output.with_extension("embedding.safetensors");
-            blocklora_spec::export::textual_inversion(&adapter, &path)?;
-            Some(path)
-        }
+async fn teach_with(
+    daemon: &Daemon,
+    args: &Args,
+    settings: &settings::Settings,
+    rows: Rows,
+    pictures: &[(PathBuf, Option<String>)],
+) -> anyhow::Result<(Trained, Rows, ResultFile)> {
+    let model = choose_model(daemon, &args.model).await?;
+    let rows = rows.decided(&args.output, daemon, &model.state.digest).await?;
+    let mut request = Train {
+        kind: Some(args.kind.name().into()),
+        captions: pictures.iter().map(|(_, caption)| caption.clone().unwrap_or_default()).collect(),
+        model: Some(model.state.id.clone()),
+        seed: Some(args.seed),
+        storage: Some(args.storage.name().into()),
+        licence: args.licence.clone(),
+        ..Train::new(&args.name, &args.class)
     };
+    rows.apply(&mut request);
+    if daemon.is_private() {
+        request.job.lifetime = Some("connection".into());
+    }
+    let open = |(path, _): &(PathBuf, _)| File::open(path).with_context(|| path.display().to_string());
+    let files = pictures.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
+    let job = daemon.client.train(&args.method, &settings.config, &files, &request).await?;
+    let look =
+        watch::Look { on_interrupt: CancelMode::Checkpoint, ..watch::Look::bar("training", settings.steps.unwrap_or(0)) };
+    let trained = match watch::follow(&job, look).await {
+        Err(error) if watch::is_cancelled(&error) => {
+            let (at, of) = job.state().await.map(|s| s.step).unwrap_or_default();
+            let kept = if daemon.is_private() {
+                format!("saved in {}", checkpoint::shown(&args.output))
+            } else {
+                "saved by the daemon".to_owned()
+            };
+            let text = format!("step {at} of {of} is {kept}; the same command with --resume goes on from there");
+            return Err(Interrupted(text).into());
+        }
+        result => result?,
+    };
+    let mut files = job.take_results(true).await?;
+    match files.pop() {
+        Some(file) => Ok((trained, rows, file)),
+        None => bail!("the daemon gave no adapter"),
+    }
+}
+
+fn finish(args: &Args, trained: &Trained, rows: &Rows) -> anyhow::Result<()> {
+    let adapter = Adapter::open(&args.output)?;
+    let plain = !adapter.tokens().is_empty() && adapter.tokens().iter().all(|t| t.layers == 1);
+    let embedding = plain.then(|| args.output.with_extension("embedding.safetensors"));
+    if let Some(path) = &embedding {
+        blocklora_spec::export::textual_inversion(&adapter, path)?;
+    }
+    let seconds = trained.usec as f64 / 1e6;
     if args.json {
         return output::print_json(&serde_json::json!({
             "file": args.output,
             "embedding": embedding,
-            "digest": report.digest,
-            "parameters": report.parameters,
-            "seconds": report.seconds,
-            "slot": partition.map(|p| p.slot),
+            "digest": trained.digest,
+            "parameters": trained.parameters,
+            "seconds": seconds,
+            "slot": adapter.manifest().partition.map(|p| p.slot),
+            "steps": trained.steps,
+            "resumed_at": trained.resumed_at,
         }));
     }
-    let rows = match partition {
-        Some(p) => format!("slot {} of {}", p.slot, p.capacity),
-        None => "all rows".to_owned(),
-    };
     let mut text = format!(
-        "{}: <{}>, {rows}, {} numbers, trained in {:.0} s\n",
+        "{}: <{}>, {rows}, {} numbers, trained in {seconds:.0} s\n",
         args.output.display(),
         args.name,
-        report.parameters,
-        report.seconds
+        trained.parameters
     );
     if let Some(path) = embedding {
         text += &format!("{}: its words for other tools\n", path.display());

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use blocklora_engine::image::Picture;
 use blocklora_spec::{Adapter, Scheme};
-use common::{BLOCKLORA, fails, succeeds, temporary};
+use common::{fails, succeeds, temporary};
 
 const STEPS: &str = "6";
 const SETTINGS: &str = "batch_size = 1\nrank = 2\ncheckpoint_every = 2\n[augmentation]\nfill = 1.0\n";
@@ -41,18 +41,25 @@ fn train<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 
 #[track_caller]
 fn run_in(folder: &Path, args: &[&str]) -> String {
-    let output = Command::new(BLOCKLORA).args(args).current_dir(folder).output().unwrap();
+    let output = common::command().args(args).current_dir(folder).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Whether the state that a daemon keeps in `folder` has a checkpoint in it.
+fn has_checkpoint(folder: &Path) -> bool {
+    folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path()).any(|path| {
+        if path.is_dir() { has_checkpoint(&path) } else { path.extension().is_some_and(|e| e == "checkpoint") }
+    })
+}
+
 /// Starts training and waits for its first checkpoint.
 fn start(folder: &Path, output: &str) -> Child {
-    let mut command = Command::new(BLOCKLORA);
+    let mut command = common::command();
     command.args(train(output, &["--slot", "0"])).current_dir(folder).stderr(Stdio::piped()).stdout(Stdio::null());
     let mut child = command.spawn().unwrap();
     let started = Instant::now();
-    while !folder.join(format!("{output}.checkpoint")).exists() {
+    while !has_checkpoint(&folder.join(format!("{output}.checkpoint"))) {
         assert!(child.try_wait().unwrap().is_none(), "training ended before its first checkpoint");
         assert!(started.elapsed() < Duration::from_secs(120), "no checkpoint after two minutes");
         std::thread::sleep(Duration::from_millis(2));

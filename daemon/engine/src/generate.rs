@@ -64,6 +64,13 @@ impl GenerateRequest<'_> {
             height: self.height,
             model_digest: model.digest().to_owned(),
             adapters: adapters.to_vec(),
+            merge: None,
+            precision: match model.precision() {
+                DType::F16 => "f16".to_owned(),
+                DType::BF16 => "bf16".to_owned(),
+                _ => String::new(),
+            },
+            sampler_config: Default::default(),
         }
     }
 

@@ -31,8 +31,16 @@ pub fn model() -> &'static Model {
     MODEL.get_or_init(|| Model::load(&model_dir(), &Device::Cpu, DType::F32).unwrap())
 }
 
+/// The command with a private daemon, whatever runs on this machine, and a library of its own that is empty.
+pub fn command() -> Command {
+    static STATE: OnceLock<TempDir> = OnceLock::new();
+    let mut command = Command::new(BLOCKLORA);
+    command.env("BLOCKLORA_DAEMON", "private").env("XDG_STATE_HOME", STATE.get_or_init(temporary).path());
+    command
+}
+
 pub fn blocklora<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(args: I) -> Output {
-    Command::new(BLOCKLORA).args(args).output().unwrap()
+    command().args(args).output().unwrap()
 }
 
 /// Runs the command, which must succeed; its stdout.
@@ -60,7 +68,7 @@ pub fn is_one_clear_line(output: &Output, code: i32, needles: &[&str]) {
 #[track_caller]
 pub fn fails(folder: &Path, code: i32, args: &[&str], needles: &[&str]) {
     let before = snapshot(folder);
-    let output = Command::new(BLOCKLORA).args(args).current_dir(folder).output().unwrap();
+    let output = command().args(args).current_dir(folder).output().unwrap();
     is_one_clear_line(&output, code, needles);
     assert_eq!(snapshot(folder), before, "{args:?} changed files");
 }
@@ -169,4 +177,41 @@ pub fn temporary() -> TempDir {
 /// `path` as an argument.
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+/// A daemon that stays, on a socket.
+pub struct Daemon {
+    folder: TempDir,
+    child: std::process::Child,
+}
+
+impl Daemon {
+    /// Starts one and waits for its socket.
+    pub fn start() -> Self {
+        let folder = temporary();
+        let program = Path::new(BLOCKLORA).with_file_name("blocklorad");
+        assert!(program.is_file(), "{}: build it with `cargo build --workspace --bins`", program.display());
+        let mut command = Command::new(program);
+        command.args(["--bus", "none", "--log", "warn", "--socket"]).arg(folder.path().join("bus"));
+        let child = command.arg("--state").arg(folder.path().join("state")).spawn().unwrap();
+        let daemon = Self { folder, child };
+        let started = std::time::Instant::now();
+        while !Path::new(&daemon.socket()).exists() {
+            assert!(started.elapsed().as_secs() < 60, "the daemon has no socket after a minute");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        daemon
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("bus")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufReader, Cursor, Write};
+use std::io::{BufRead, BufReader, Cursor, Seek, Write};
 use std::path::Path;
 
 use ::image::{ImageError, ImageReader, Limits};
@@ -22,8 +22,16 @@ impl Picture {
     /// pictures become 8-bit RGB; EXIF orientation and colour profiles are ignored. Errors name the file.
     pub fn load(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let mut reader =
-            ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(|e| Error::io(path, e))?;
+        Self::read(path, BufReader::new(file))
+    }
+
+    /// The same from the bytes of a file, which errors call `name`.
+    pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
+        Self::read(Path::new(name), Cursor::new(bytes))
+    }
+
+    fn read<R: BufRead + Seek>(path: &Path, reader: R) -> Result<Self> {
+        let mut reader = ImageReader::new(reader).with_guessed_format().map_err(|e| Error::io(path, e))?;
         if reader.format().is_none() {
             return Err(Error::invalid_file(path, "not a picture that can be read; use PNG, JPEG or WebP"));
         }

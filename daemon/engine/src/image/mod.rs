@@ -7,7 +7,7 @@ mod resample;
 mod sheet;
 
 pub use file::{MAX_PIXELS, MAX_SIDE, read_parameters};
-pub use parameters::{AdapterUse, GenerationParameters};
+pub use parameters::{AdapterUse, GenerationParameters, MergeUse};
 pub use resample::Filter;
 pub use sheet::ContactSheet;
 

@@ -19,6 +19,16 @@ pub struct AdapterUse {
     pub weight: f32,
 }
 
+/// How adapters were merged, where that was not the usual way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MergeUse {
+    /// The strategy's id.
+    pub strategy: String,
+    /// Its settings, as far as they were given.
+    #[serde(default)]
+    pub config: serde_json::Map<String, serde_json::Value>,
+}
+
 /// All that is needed to make a picture again.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationParameters {
@@ -42,6 +52,12 @@ pub struct GenerationParameters {
     pub model_digest: String,
     /// The adapters that were merged into it.
     pub adapters: Vec<AdapterUse>,
+    /// How they were merged; none: by the default strategy with its default settings.
+    pub merge: Option<MergeUse>,
+    /// Storage type of the model's weights, "f16" or "bf16"; empty: f32.
+    pub precision: String,
+    /// The sampler's settings, as far as they were given.
+    pub sampler_config: serde_json::Map<String, serde_json::Value>,
 }
 
 impl GenerationParameters {
@@ -61,6 +77,15 @@ impl GenerationParameters {
         ];
         if !self.adapters.is_empty() {
             pairs.push(("Adapters", quoted(&serde_json::json!(self.adapters).to_string())));
+        }
+        if let Some(merge) = &self.merge {
+            pairs.push(("Merge", quoted(&serde_json::json!(merge).to_string())));
+        }
+        if !self.precision.is_empty() {
+            pairs.push(("Precision", quoted(&self.precision)));
+        }
+        if !self.sampler_config.is_empty() {
+            pairs.push(("Sampler settings", quoted(&serde_json::json!(self.sampler_config).to_string())));
         }
         pairs.push(("Version", concat!("BlockLoRA ", env!("CARGO_PKG_VERSION")).into()));
         let pairs: Vec<String> = pairs.into_iter().map(|(key, value)| format!("{key}: {value}")).collect();
@@ -95,6 +120,19 @@ impl GenerationParameters {
                 "Model hash" => parameters.model_digest = value,
                 "Adapters" => {
                     parameters.adapters = serde_json::from_str(&value).map_err(|e| format!("Adapters: {e}"))?;
+                    continue;
+                }
+                "Merge" => {
+                    parameters.merge = Some(serde_json::from_str(&value).map_err(|e| format!("Merge: {e}"))?);
+                    continue;
+                }
+                "Precision" => {
+                    parameters.precision = value;
+                    continue;
+                }
+                "Sampler settings" => {
+                    parameters.sampler_config =
+                        serde_json::from_str(&value).map_err(|e| format!("Sampler settings: {e}"))?;
                     continue;
                 }
                 _ => continue,
@@ -156,6 +194,12 @@ mod tests {
             height: 64,
             model_digest: "0123abcd".into(),
             adapters: vec![AdapterUse { name: "milo, the \"cat\": größer".into(), digest: "ff".into(), weight: 0.1 }],
+            merge: Some(MergeUse {
+                strategy: "average, weighted".into(),
+                config: serde_json::Map::from_iter([("clash".into(), "mean".into())]),
+            }),
+            precision: "f16".into(),
+            sampler_config: serde_json::Map::from_iter([("karras".into(), true.into())]),
         }
     }
 
@@ -172,7 +216,14 @@ mod tests {
 
     #[test]
     fn text_is_what_other_tools_expect() {
-        let text = GenerationParameters { adapters: vec![], prompt: "a\ncat".into(), ..parameters() }.to_text();
+        let usual = GenerationParameters {
+            adapters: vec![],
+            merge: None,
+            precision: String::new(),
+            sampler_config: Default::default(),
+            ..parameters()
+        };
+        let text = GenerationParameters { prompt: "a\ncat".into(), ..usual }.to_text();
         let version = concat!("Version: BlockLoRA ", env!("CARGO_PKG_VERSION"));
         assert_eq!(
             text,

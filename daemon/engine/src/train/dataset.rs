@@ -49,10 +49,15 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Loads every PNG, JPEG or WebP file of `folder`, by name. Captions come from `metadata.jsonl` (lines of
-    /// `{"file_name": "x.png", "text": "..."}`), else from `x.txt` beside `x.png`, else there is none; in a caption
-    /// `{c}` stands for the concept.
+    /// Loads every picture of `folder`, as [`Self::list_folder`] finds them.
     pub fn from_folder(folder: &Path) -> Result<Self> {
+        Self::from_files(&Self::list_folder(folder)?)
+    }
+
+    /// Every PNG, JPEG or WebP file of `folder`, by name, with its caption. Captions come from `metadata.jsonl` (lines
+    /// of `{"file_name": "x.png", "text": "..."}`), else from `x.txt` beside `x.png`, else there is none; in a caption
+    /// `{c}` stands for the concept. Fails if there is no picture.
+    pub fn list_folder(folder: &Path) -> Result<Vec<(PathBuf, Option<String>)>> {
         let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
         let mut files = Vec::new();
         for entry in entries {
@@ -76,7 +81,7 @@ impl Dataset {
             };
             items.push((path, caption));
         }
-        Self::from_files(&items)
+        Ok(items)
     }
 
     /// Loads these files with these captions.

@@ -1,0 +1,149 @@
+//! A daemon for one command: it talks over a socket pair, is on no bus, and ends with the command.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use blocklora_client::Client;
+
+use crate::failure::NoDaemon;
+
+/// Where a private daemon keeps its catalogue and checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// In a folder that goes with it: nothing of the user's library is seen or changed.
+    Temporary,
+    /// In the user's folder: what is added stays.
+    User,
+    /// In this folder, which stays.
+    Folder(PathBuf),
+}
+
+/// How long it may take to end after its connection is closed.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait for another daemon to leave the state folder.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
+/// What a daemon says that finds another one in its state folder.
+const BUSY: &str = "another blocklorad uses";
+
+/// A running private daemon.
+pub struct Private {
+    child: Child,
+}
+
+/// The daemon's program and where it was found.
+pub struct Program {
+    /// Its file.
+    pub path: PathBuf,
+}
+
+/// Finds `blocklorad` beside this program, then in `$PATH`.
+pub fn program() -> anyhow::Result<Program> {
+    let executable = std::env::current_exe().context("cannot find this executable")?;
+    let beside = executable.parent().map(|folder| folder.join("blocklorad"));
+    // Test programs lie in a folder below.
+    let above = executable.parent().and_then(Path::parent).map(|folder| folder.join("blocklorad"));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&path).map(|folder| folder.join("blocklorad"));
+    match beside.into_iter().chain(above).chain(in_path).find(|file| file.is_file()) {
+        Some(path) => Ok(Program { path }),
+        None => Err(NoDaemon(
+            "the daemon's program, blocklorad, is neither beside blocklora nor in $PATH: install it, too".into(),
+        )
+        .into()),
+    }
+}
+
+impl Private {
+    /// Starts one and connects to it. One that ends at this moment, after a command that was killed, is waited for.
+    pub async fn start(threads: Option<std::num::NonZeroUsize>, state: State) -> anyhow::Result<(Client, Self)> {
+        let give_up = tokio::time::Instant::now() + BUSY_TIMEOUT;
+        loop {
+            match Self::start_once(threads, &state).await {
+                Err(error) if error.to_string().contains(BUSY) && tokio::time::Instant::now() < give_up => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn start_once(threads: Option<std::num::NonZeroUsize>, state: &State) -> anyhow::Result<(Client, Self)> {
+        let program = program()?.path;
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket")?;
+        let mut command = Command::new(&program);
+        // Not a pipe, which would hold up a daemon that says much; without a name, so that nothing stays behind.
+        let mut log = tempfile::tempfile().context("cannot make a temporary file")?;
+        command.args(["--private", "--log", "error"]);
+        command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        command.stderr(Stdio::from(log.try_clone().context("cannot make a temporary file")?));
+        match state {
+            State::Temporary => command.env_remove("STATE_DIRECTORY"),
+            State::User => command.env("STATE_DIRECTORY", super::user_state()?),
+            State::Folder(folder) => command.env("STATE_DIRECTORY", folder),
+        };
+        if let Some(threads) = threads {
+            command.env("RAYON_NUM_THREADS", threads.to_string());
+        }
+        // Ctrl-C on the terminal goes to the whole process group; this command passes on what its daemon should do.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child = command.spawn().with_context(|| format!("{}: cannot be started", program.display()))?;
+        // It holds the other end of the socket now; with ours of it gone, its end is noticed.
+        drop(command);
+        let mut private = Self { child };
+        match Client::from_stream(ours).await {
+            Ok(client) => Ok((client, private)),
+            Err(error) => {
+                let said = private.last_words(&mut log);
+                let reason = if said.is_empty() { error.to_string() } else { said };
+                bail!(NoDaemon(format!("{}: {reason}", program.display())));
+            }
+        }
+    }
+
+    /// What it said on standard error, if it has ended; it is ended if it has not.
+    fn last_words(&mut self, log: &mut File) -> String {
+        // A daemon that cannot start has said so and is gone; one that hangs says nothing more.
+        let started = std::time::Instant::now();
+        while started.elapsed() < Duration::from_secs(1) && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let mut text = String::new();
+        let _ = log.rewind().and_then(|()| log.read_to_string(&mut text));
+        let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        let said = last.trim().trim_start_matches("ERROR ");
+        // Behind the name of the module that says it.
+        let message = said.split_once(": ").filter(|(module, _)| module.starts_with("blocklora") && !module.contains(' '));
+        message.map_or(said, |(_, message)| message).to_owned()
+    }
+
+    /// Waits until it has ended; its connection must be closed.
+    pub async fn ended(mut self) {
+        let give_up = tokio::time::Instant::now() + END_TIMEOUT;
+        loop {
+            match self.child.try_wait() {
+                Ok(None) if tokio::time::Instant::now() < give_up => tokio::time::sleep(Duration::from_millis(2)).await,
+                Ok(None) => {
+                    let _ = self.child.kill();
+                    let _ = self.child.wait();
+                    return;
+                }
+                _ => return,
+            }
+        }
+    }
+}
+
+impl Drop for Private {
+    /// Without its connection it ends by itself; this only collects it if it already has.
+    fn drop(&mut self) {
+        let _ = self.child.try_wait();
+    }
+}

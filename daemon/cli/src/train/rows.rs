@@ -1,0 +1,116 @@
+//! Which rows a concept is to own.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use blocklora_client::{Partition as Division, Train};
+use blocklora_spec::{Adapter, Partition, Scheme};
+
+use super::Slot;
+use crate::daemon::Daemon;
+use crate::failure;
+
+/// The partition where neither settings nor options name one: the paper's blocks, for up to 16 concepts.
+const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
+
+/// Rows to own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rows {
+    /// As the method has it.
+    Default,
+    /// All, although the method would confine itself to a slot.
+    All,
+    /// This slot, or the lowest free one.
+    Slot(Partition, Option<u32>),
+}
+
+impl Rows {
+    /// The rows that the option `--slot`, the method and the settings ask for. Errors: a slot where there is none.
+    pub fn asked_for(slot: Option<Slot>, method: &str, partition: Option<&Partition>) -> anyhow::Result<Self> {
+        if method == "ed-lora" {
+            return match slot {
+                Some(Slot::Number(_)) => {
+                    failure::usage("--slot: ed-lora owns all rows; leave it out or use --method blocklora")
+                }
+                _ => Ok(Self::Default),
+            };
+        }
+        let division = partition.copied().unwrap_or(PARTITION);
+        match slot {
+            Some(Slot::None) => Ok(Self::All),
+            Some(Slot::Number(slot)) if slot < division.capacity => Ok(Self::Slot(division, Some(slot))),
+            Some(Slot::Number(slot)) => {
+                failure::usage(format!("--slot {slot}: the partition has the slots 0 to {}", division.capacity - 1))
+            }
+            // The settings chose a slot themselves.
+            None if partition.is_some() => Ok(Self::Slot(division, Some(division.slot))),
+            None if method == "blocklora" => Ok(Self::Slot(division, None)),
+            None => Ok(Self::Default),
+        }
+    }
+
+    /// With the slot decided: the lowest one that neither an adapter beside `output` has nor, in a running daemon, one
+    /// of the library or a lease.
+    pub async fn decided(self, output: &Path, daemon: &Daemon, base_digest: &str) -> anyhow::Result<Self> {
+        let Self::Slot(partition, None) = self else { return Ok(self) };
+        let mut taken = taken_beside(output, &partition)?;
+        if !daemon.is_private() {
+            let slots = daemon.client.slots(Some(base_digest), Some(&division(&partition))).await?;
+            taken.extend(slots.into_iter().map(|slot| slot.slot));
+        }
+        match (0..partition.capacity).find(|slot| !taken.contains(slot)) {
+            Some(slot) => Ok(Self::Slot(partition, Some(slot))),
+            None => bail!(
+                "all {} slots are taken, by adapters in the output's folder or in the daemon's library: choose one with \
+                 --slot, or settings with a larger capacity",
+                partition.capacity
+            ),
+        }
+    }
+
+    /// Asks for them.
+    pub fn apply(&self, request: &mut Train) {
+        match self {
+            Self::Default => {}
+            Self::All => request.all_rows = Some(true),
+            Self::Slot(partition, slot) => {
+                request.partition = Some(division(partition));
+                request.slot = *slot;
+            }
+        }
+    }
+}
+
+impl fmt::Display for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("the method's rows"),
+            Self::All => f.write_str("all rows"),
+            Self::Slot(partition, Some(slot)) => write!(f, "slot {slot} of {}", partition.capacity),
+            Self::Slot(partition, None) => write!(f, "a slot of {}", partition.capacity),
+        }
+    }
+}
+
+fn division(partition: &Partition) -> Division {
+    let scheme = format!("{:?}", partition.scheme).to_lowercase();
+    Division { scheme, capacity: partition.capacity, seed: partition.seed }
+}
+
+/// The slots of `partition` that other adapters beside `output` have.
+fn taken_beside(output: &Path, partition: &Partition) -> anyhow::Result<BTreeSet<u32>> {
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut taken = BTreeSet::new();
+    for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
+        let path = entry.with_context(|| folder.display().to_string())?.path();
+        let candidate = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
+        // Other safetensors files may lie there, too: what is not an adapter owns no slot.
+        if candidate && let Ok(adapter) = Adapter::open(&path) {
+            let same = |p: &Partition| Partition { slot: 0, ..*p } == Partition { slot: 0, ..*partition };
+            taken.extend(adapter.manifest().partition.filter(same).map(|p| p.slot));
+        }
+    }
+    Ok(taken)
+}

@@ -1,0 +1,156 @@
+//! The commands as clients of the daemon: a private one leaves nothing behind, and the library keeps what is added.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use blocklora_engine::image::Picture;
+use common::{Make, adapter, is_one_clear_line, snapshot, succeeds, temporary, text};
+
+/// A command with the library in `state`.
+fn with_library(state: &Path, args: &[&str]) -> Output {
+    common::command().env("XDG_STATE_HOME", state).args(args).output().unwrap()
+}
+
+#[track_caller]
+fn json(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Process ids of daemons that `command` could have started: those whose parent it was are gone with it.
+fn daemons() -> Vec<String> {
+    let output = Command::new("ps").args(["-eo", "pid=,args="]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().filter(|l| l.contains("blocklorad --private")).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_picture_is_made_again_from_itself() {
+    let folder = temporary();
+    let path = folder.path();
+    adapter(path, &Make::default());
+    adapter(path, &Make { name: "zuko", slot: Some(1), ..Make::default() });
+    let [milo, zuko] = ["milo.safetensors", "zuko.safetensors"].map(|name| path.join(name));
+    let half = format!("{}=0.5", text(&zuko));
+    let first = path.join("first.png");
+    let drawn = [
+        "generate", "a <milo> and a <zuko>", "--with", text(&milo), "--with", &half, "--negative", "a dog", "--steps",
+        "3", "--seed", "11", "--guidance", "3.5", "--sampler", "euler-a", "--strategy", "average", "--precision", "f16",
+        "-o", text(&first),
+    ];
+    succeeds(drawn);
+    let same = |name: &str, more: &[&str]| {
+        let again = path.join(name);
+        succeeds([&["generate", "--like", text(&first), "-o", text(&again)], more].concat());
+        Picture::load(&again).unwrap() == Picture::load(&first).unwrap()
+    };
+    assert!(same("again.png", &[]), "the picture drawn from itself is another one");
+    assert!(!same("other.png", &["--seed", "12"]), "an option must count more than the picture");
+    // The same bytes of the file, too, text and all.
+    assert!(std::fs::read(path.join("again.png")).unwrap() == std::fs::read(&first).unwrap());
+    // Without its adapter it cannot be made, and says which is missing.
+    std::fs::remove_file(&zuko).unwrap();
+    let output = common::blocklora(["generate", "--like", text(&first), "-o", text(&path.join("x.png"))]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!path.join("x.png").exists());
+    // A picture that says nothing.
+    std::fs::write(path.join("plain.png"), Picture::filled(8, 8, [0; 3]).unwrap().to_png(None).unwrap()).unwrap();
+    let args = ["generate", "--like", text(&path.join("plain.png")), "-o", text(&path.join("x.png"))].map(str::to_owned);
+    is_one_clear_line(&common::blocklora(&args), 1, &["plain.png", "does not say how it was made"]);
+}
+
+#[test]
+fn a_private_daemon_leaves_nothing_behind() {
+    let folder = temporary();
+    let path = folder.path();
+    let (out, tmp, state) = (path.join("x.png"), path.join("tmp"), path.join("state"));
+    std::fs::create_dir(&tmp).unwrap();
+    let milo = adapter(path, &Make::default());
+    let before = daemons();
+    let run = |args: &[&str]| common::command().env("TMPDIR", &tmp).env("XDG_STATE_HOME", &state).args(args).output().unwrap();
+    let drawn = run(&["generate", "<milo>", "--with", text(&milo), "--steps", "2", "-o", text(&out), "--json"]);
+    let said = json(&drawn);
+    assert_eq!(said["files"][0], text(&out));
+    assert_eq!(said["adapters"][0]["name"], "milo");
+    assert!(drawn.stderr.is_empty(), "piped, it is quiet: {}", String::from_utf8_lossy(&drawn.stderr));
+    assert_eq!(run(&["generate", "a cat", "--sampler", "magic", "-o", text(&out)]).status.code(), Some(1));
+    assert!(snapshot(&tmp).is_empty(), "{:?}", snapshot(&tmp));
+    assert!(!state.exists(), "files given with --with are for one job alone");
+    assert!(daemons().iter().all(|daemon| before.contains(daemon)), "a daemon outlives its command");
+}
+
+#[test]
+fn the_library_keeps_what_is_added() {
+    let folder = temporary();
+    let path = folder.path();
+    let milo = adapter(path, &Make::default());
+    let zuko = adapter(path, &Make { name: "zuko", slot: Some(1), ..Make::default() });
+    let state = path.join("state");
+    let run = |args: &[&str]| with_library(&state, args);
+    assert_eq!(json(&run(&["adapters", "list", "--json"])), serde_json::json!([]));
+    json(&run(&["adapters", "add", text(&milo), text(&zuko), "--json"]));
+    let listed = json(&run(&["adapters", "list", "--json"]));
+    let names: Vec<&str> = listed.as_array().unwrap().iter().map(|e| e["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["milo", "zuko"]);
+    assert_eq!(json(&run(&["adapters", "list", "zu", "--json"])).as_array().unwrap().len(), 1);
+    let shown = json(&run(&["adapters", "show", "milo", "--json"]));
+    assert_eq!(shown["info"]["manifest"]["name"], "milo");
+    let digest = shown["adapter"]["digest"].as_str().unwrap();
+    let slots = json(&run(&["slots", "--json"]));
+    assert_eq!(slots.as_array().unwrap().len(), 2);
+    let map = String::from_utf8(run(&["slots"]).stdout).unwrap();
+    assert!(map.contains("milo") && map.contains("16 slots"), "{map}");
+    // Drawn by name, it is what the file draws.
+    let [by_file, by_name] = ["file.png", "name.png"].map(|name| path.join(name));
+    let draw = |with: &str, to: &Path| {
+        let output = run(&["generate", "<milo>", "--with", with, "--steps", "2", "-o", text(to)]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::read(to).unwrap()
+    };
+    assert!(draw(text(&milo), &by_file) == draw("milo", &by_name));
+    let exported = path.join("exported.safetensors");
+    assert!(run(&["adapters", "export", &digest[..12], "-o", text(&exported)]).status.success());
+    assert!(std::fs::read(&exported).unwrap() == std::fs::read(&milo).unwrap());
+    is_one_clear_line(&run(&["adapters", "show", "none"]), 1, &["none"]);
+    is_one_clear_line(&run(&["adapters", "remove", "milo", "none"]), 1, &["none"]);
+    assert!(run(&["adapters", "check"]).status.success());
+    assert!(run(&["adapters", "remove", "milo", "zuko"]).status.success());
+    assert_eq!(json(&run(&["adapters", "list", "--json"])), serde_json::json!([]));
+}
+
+#[test]
+fn status_doctor_and_lists_say_what_is_there() {
+    let status = succeeds(["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["private"], true);
+    assert_eq!(status["daemon"]["version"], env!("CARGO_PKG_VERSION"));
+    assert!(succeeds(["status"]).contains("dpmpp-2m"));
+    let doctor = succeeds(["doctor", "--json"]);
+    let doctor: serde_json::Value = serde_json::from_str(&doctor).unwrap();
+    let checks: Vec<&str> = doctor.as_array().unwrap().iter().map(|c| c["check"].as_str().unwrap()).collect();
+    for check in ["program", "state", "model folder", "daemon", "device", "plugins"] {
+        assert!(checks.contains(&check), "{check}: {checks:?}");
+    }
+    assert!(succeeds(["plugin", "list"]).contains("dpmpp-2m"));
+    let info: serde_json::Value = serde_json::from_str(&succeeds(["plugin", "info", "ddim", "--json"])).unwrap();
+    assert_eq!(info["id"], "ddim");
+    is_one_clear_line(&common::blocklora(["plugin", "info", "magic"]), 1, &["magic", "plugin list"]);
+    succeeds(["models", "list", "--json"]);
+    succeeds(["jobs", "list", "--json"]);
+    is_one_clear_line(&common::blocklora(["jobs", "cancel", "none"]), 1, &["none", "jobs list"]);
+}
+
+#[test]
+fn a_daemon_that_is_not_there_is_exit_code_3() {
+    let output = common::blocklora(["status", "--daemon", "./no/bus"]);
+    is_one_clear_line(&output, 3, &["./no/bus", "--daemon"]);
+    let output = common::command().env("BLOCKLORA_DAEMON", "nonsense").arg("status").output().unwrap();
+    is_one_clear_line(&output, 2, &["BLOCKLORA_DAEMON", "nonsense"]);
+    // A doctor without a patient says what to do for it.
+    let output = common::blocklora(["doctor", "--daemon", "./no/bus"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("-> "));
+}
