@@ -168,7 +168,8 @@ fn row(entry: &LibraryEntry) -> [String; 10] {
         (Some(partition), Some(slot)) => format!("{slot} of {}", partition.capacity),
         _ => "all".to_owned(),
     };
-    let state = if entry.problem.is_empty() { entry.state.clone() } else { format!("{}: {}", entry.state, entry.problem) };
+    let state =
+        if entry.problem.is_empty() { entry.state.clone() } else { format!("{}: {}", entry.state, entry.problem) };
     [
         entry.name.clone(),
         short(&entry.digest).to_owned(),
@@ -254,7 +255,9 @@ async fn export(daemon: &Daemon, args: &Export) -> anyhow::Result<()> {
             }
             let path = folder.path().join(name);
             let parent = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            parent.and_then(|()| std::fs::write(&path, &file.bytes)).map_err(|e| output::cannot_write(&args.output, e))?;
+            parent
+                .and_then(|()| std::fs::write(&path, &file.bytes))
+                .map_err(|e| output::cannot_write(&args.output, e))?;
         }
         folder.finish()?;
         return announce(args, files.len());

@@ -100,7 +100,8 @@ fn state_folder() -> Finding {
     }
     match tempfile::tempfile_in(&existing) {
         Err(error) => {
-            let cure = format!("make {} writable for you, or set $XDG_STATE_HOME to another folder", existing.display());
+            let cure =
+                format!("make {} writable for you, or set $XDG_STATE_HOME to another folder", existing.display());
             finding(check, Verdict::Problem, format!("{shown}: {error}"), cure)
         }
         Ok(_) if folder.is_dir() => finding(check, Verdict::Ok, shown, ""),
@@ -227,7 +228,9 @@ async fn inside(daemon: &Daemon) -> anyhow::Result<Vec<Finding>> {
             "disabled" => {}
             bad => {
                 let cure = match bad {
-                    "quarantined" => format!("replace it, or try again: blocklora plugin quarantine --clear {}", state.id),
+                    "quarantined" => {
+                        format!("replace it, or try again: blocklora plugin quarantine --clear {}", state.id)
+                    }
                     _ => "build it again with the SDK of this version".to_owned(),
                 };
                 findings.push(finding("plugin", Verdict::Problem, format!("{}: {}", state.id, state.reason.1), cure));

@@ -66,7 +66,8 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let line = line_of(error);
-    let cancelled = matches!(error.downcast_ref(), Some(blocklora_engine::Error::Cancelled)) || watch::is_cancelled(error);
+    let cancelled =
+        matches!(error.downcast_ref(), Some(blocklora_engine::Error::Cancelled)) || watch::is_cancelled(error);
     if cancelled || error.is::<Interrupted>() {
         eprintln!("blocklora: {}", if cancelled { "interrupted" } else { &line });
         return ExitCode::from(130);

@@ -100,7 +100,15 @@ fn row(job: &JobEntry) -> [String; 7] {
         _ => String::new(),
     };
     let id = job.id.clone();
-    [id, job.kind.clone(), job.state.clone(), progress, date(job.created_usec), job.uid.to_string(), job.description.clone()]
+    [
+        id,
+        job.kind.clone(),
+        job.state.clone(),
+        progress,
+        date(job.created_usec),
+        job.uid.to_string(),
+        job.description.clone(),
+    ]
 }
 
 /// The job called `id`, if the daemon still has it.

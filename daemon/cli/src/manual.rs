@@ -31,14 +31,15 @@ pub fn man(args: &ManArgs, command: Command) -> anyhow::Result<()> {
     pages(&command, "blocklora", &args.folder)
 }
 
-fn pages(command: &Command, name: &str, folder: &Path) -> anyhow::Result<()> {
+fn pages(command: &Command, name: &'static str, folder: &Path) -> anyhow::Result<()> {
     let mut page = Vec::new();
-    let named = command.clone().name(name.to_owned()).display_name(name.to_owned());
+    let named = command.clone().name(name).display_name(name);
     clap_mangen::Man::new(named).render(&mut page)?;
     let path = folder.join(format!("{name}.1"));
     std::fs::write(&path, page).with_context(|| path.display().to_string())?;
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-        pages(sub, &format!("{name}-{}", sub.get_name()), folder)?;
+        // clap wants names that live as long as the program, which ends here.
+        pages(sub, format!("{name}-{}", sub.get_name()).leak(), folder)?;
     }
     Ok(())
 }

@@ -82,7 +82,8 @@ async fn bake(args: &Args, options: &daemon::Options, folder: &OutputFolder) -> 
     };
     let job = daemon.client.merge(&request).await?;
     let merged = watch::quietly(&job, "merging").await?;
-    let path = blocklora_client::Path::try_from(merged.composition.clone()).context("the daemon gave no object path")?;
+    let path =
+        blocklora_client::Path::try_from(merged.composition.clone()).context("the daemon gave no object path")?;
     let composition = daemon.client.composition(path).await?;
 
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;

@@ -15,8 +15,10 @@ use crate::table::{Table, bytes};
 pub enum Command {
     List(List),
     Add(Add),
+    /// Forget a model; its files stay
     Remove(Named),
     Load(LoadArgs),
+    /// Free a model's memory
     Unload(Named),
 }
 
@@ -42,9 +44,6 @@ pub struct Add {
     json: bool,
 }
 
-/// The model with this id
-///
-/// `remove`: the daemon no longer knows it, its files stay. `unload`: frees its memory.
 #[derive(clap::Args)]
 pub struct Named {
     /// Its id, as `blocklora models list` shows it
@@ -122,7 +121,14 @@ async fn list(daemon: &Daemon, args: &List) -> anyhow::Result<()> {
     let mut table = Table::new(["id", "state", "precision", "memory", "device", "folder"]);
     for m in &models {
         let state = if m.problem.1.is_empty() { m.state.clone() } else { format!("{}: {}", m.state, m.problem.1) };
-        table.row([m.id.clone(), state, m.precision.clone(), bytes(m.resident_bytes), m.device.clone(), m.path.clone()]);
+        table.row([
+            m.id.clone(),
+            state,
+            m.precision.clone(),
+            bytes(m.resident_bytes),
+            m.device.clone(),
+            m.path.clone(),
+        ]);
     }
     Ok(output::print(&table.to_string())?)
 }

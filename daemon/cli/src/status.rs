@@ -38,7 +38,12 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
             private: daemon.is_private(),
             daemon: client.status().await?,
             models,
-            adapters: client.manager().await?.count_library(&Default::default()).await.map_err(blocklora_client::Error::from)?,
+            adapters: client
+                .manager()
+                .await?
+                .count_library(&Default::default())
+                .await
+                .map_err(blocklora_client::Error::from)?,
             jobs: client.jobs(Filter::new().with("active", true), 0, 1000).await?,
         };
         daemon.close().await;
@@ -61,7 +66,8 @@ fn describe(json: &Json) -> String {
     }
     for model in &json.models {
         let default = if model.id == d.default_model { ", default" } else { "" };
-        let memory = if model.resident_bytes > 0 { format!(", {}", bytes(model.resident_bytes)) } else { String::new() };
+        let memory =
+            if model.resident_bytes > 0 { format!(", {}", bytes(model.resident_bytes)) } else { String::new() };
         text += &format!("model     {} ({}{memory}{default})\n", model.id, model.state);
     }
     text += &format!("adapters  {}\n", json.adapters);

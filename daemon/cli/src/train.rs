@@ -11,7 +11,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use blocklora_client::{CancelMode, ResultFile, Train, Trained};
 use blocklora_engine::train::Dataset;
-use blocklora_spec::{Adapter, Storage};
+use blocklora_spec::Adapter;
 use clap::ValueEnum;
 
 use crate::args::ModelArgs;
@@ -103,7 +103,7 @@ impl KindArg {
     }
 }
 
-/// [`Storage`] as people write it.
+/// A storage type as people write it.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum StorageArg {
     /// 32 bits, as trained
@@ -226,8 +226,10 @@ async fn teach_with(
     let open = |(path, _): &(PathBuf, _)| File::open(path).with_context(|| path.display().to_string());
     let files = pictures.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
     let job = daemon.client.train(&args.method, &settings.config, &files, &request).await?;
-    let look =
-        watch::Look { on_interrupt: CancelMode::Checkpoint, ..watch::Look::bar("training", settings.steps.unwrap_or(0)) };
+    let look = watch::Look {
+        on_interrupt: CancelMode::Checkpoint,
+        ..watch::Look::bar("training", settings.steps.unwrap_or(0))
+    };
     let trained = match watch::follow(&job, look).await {
         Err(error) if watch::is_cancelled(&error) => {
             let (at, of) = job.state().await.map(|s| s.step).unwrap_or_default();

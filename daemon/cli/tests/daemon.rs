@@ -37,9 +37,28 @@ fn a_picture_is_made_again_from_itself() {
     let half = format!("{}=0.5", text(&zuko));
     let first = path.join("first.png");
     let drawn = [
-        "generate", "a <milo> and a <zuko>", "--with", text(&milo), "--with", &half, "--negative", "a dog", "--steps",
-        "3", "--seed", "11", "--guidance", "3.5", "--sampler", "euler-a", "--strategy", "average", "--precision", "f16",
-        "-o", text(&first),
+        "generate",
+        "a <milo> and a <zuko>",
+        "--with",
+        text(&milo),
+        "--with",
+        &half,
+        "--negative",
+        "a dog",
+        "--steps",
+        "3",
+        "--seed",
+        "11",
+        "--guidance",
+        "3.5",
+        "--sampler",
+        "euler-a",
+        "--strategy",
+        "average",
+        "--precision",
+        "f16",
+        "-o",
+        text(&first),
     ];
     succeeds(drawn);
     let same = |name: &str, more: &[&str]| {
@@ -58,7 +77,8 @@ fn a_picture_is_made_again_from_itself() {
     assert!(!path.join("x.png").exists());
     // A picture that says nothing.
     std::fs::write(path.join("plain.png"), Picture::filled(8, 8, [0; 3]).unwrap().to_png(None).unwrap()).unwrap();
-    let args = ["generate", "--like", text(&path.join("plain.png")), "-o", text(&path.join("x.png"))].map(str::to_owned);
+    let args =
+        ["generate", "--like", text(&path.join("plain.png")), "-o", text(&path.join("x.png"))].map(str::to_owned);
     is_one_clear_line(&common::blocklora(&args), 1, &["plain.png", "does not say how it was made"]);
 }
 
@@ -70,7 +90,9 @@ fn a_private_daemon_leaves_nothing_behind() {
     std::fs::create_dir(&tmp).unwrap();
     let milo = adapter(path, &Make::default());
     let before = daemons();
-    let run = |args: &[&str]| common::command().env("TMPDIR", &tmp).env("XDG_STATE_HOME", &state).args(args).output().unwrap();
+    let run = |args: &[&str]| {
+        common::command().env("TMPDIR", &tmp).env("XDG_STATE_HOME", &state).args(args).output().unwrap()
+    };
     let drawn = run(&["generate", "<milo>", "--with", text(&milo), "--steps", "2", "-o", text(&out), "--json"]);
     let said = json(&drawn);
     assert_eq!(said["files"][0], text(&out));

@@ -33,10 +33,31 @@ fn every_command_option_and_argument_is_explained() {
     let all = all();
     let names: Vec<String> = all.iter().map(|(command, _)| command.join(" ")).collect();
     for expected in [
-        "demo", "train", "generate", "merge", "inspect", "export", "score", "adapters add", "adapters list",
-        "adapters show", "adapters remove", "adapters export", "models list", "slots", "jobs list", "jobs watch",
-        "jobs cancel", "plugin list", "plugin info", "plugin check", "plugin quarantine", "status", "doctor",
-        "bench merge", "bench step",
+        "demo",
+        "train",
+        "generate",
+        "merge",
+        "inspect",
+        "export",
+        "score",
+        "adapters add",
+        "adapters list",
+        "adapters show",
+        "adapters remove",
+        "adapters export",
+        "models list",
+        "slots",
+        "jobs list",
+        "jobs watch",
+        "jobs cancel",
+        "plugin list",
+        "plugin info",
+        "plugin check",
+        "plugin quarantine",
+        "status",
+        "doctor",
+        "bench merge",
+        "bench step",
     ] {
         assert!(names.iter().any(|name| name == expected), "{expected} is not among {names:?}");
     }
@@ -66,7 +87,8 @@ fn every_command_option_and_argument_is_explained() {
 fn every_command_has_json() {
     for (command, help) in all() {
         let writes_for_packages = command.is_empty() || help.contains("Commands:");
-        let own_form = ["export", "bench"].iter().any(|name| command.first().is_some_and(|c| c == name)) && command.len() == 1;
+        let own_form =
+            ["export", "bench"].iter().any(|name| command.first().is_some_and(|c| c == name)) && command.len() == 1;
         assert!(writes_for_packages || own_form || help.contains("--json"), "{command:?} has no --json");
     }
 }
@@ -77,7 +99,8 @@ fn manual_pages_and_completions_are_made_from_the_table() {
     succeeds(["__man", text(folder.path())]);
     for (command, help) in all() {
         let page = [&["blocklora".to_owned()][..], &command].concat().join("-");
-        let content = std::fs::read_to_string(folder.path().join(format!("{page}.1"))).unwrap_or_else(|e| panic!("{page}: {e}"));
+        let content =
+            std::fs::read_to_string(folder.path().join(format!("{page}.1"))).unwrap_or_else(|e| panic!("{page}: {e}"));
         assert!(content.contains(".SH SYNOPSIS"), "{page}");
         for option in ["json", "threads", "daemon", "output"] {
             if help.contains(&format!("--{option}")) {

@@ -152,8 +152,7 @@ impl<R: DeserializeOwned> Job<R> {
         if !connection.is_bus() {
             // On its own socket the daemon must be told, too, or only this connection's jobs send signals.
             let bus = Some("org.freedesktop.DBus");
-            let added =
-                connection.call_method(bus, "/org/freedesktop/DBus", bus, "AddMatch", &rule.to_string()).await;
+            let added = connection.call_method(bus, "/org/freedesktop/DBus", bus, "AddMatch", &rule.to_string()).await;
             added.map_err(Error::from)?;
         }
         let mut signals = MessageStream::for_match_rule(rule, &connection, None).await?;
@@ -235,7 +234,7 @@ pub(crate) fn read_files(files: Vec<(zbus::OwnedFd, Dict)>) -> Result<Vec<Result
             media_type: text("media_type"),
             index: number("index").and_then(|i| u32::try_from(i).ok()).unwrap_or_default(),
             name: text("name"),
-            bytes: memfd::read_sealed(OwnedFd::from(fd), size)?,
+            bytes: memfd::read_file(OwnedFd::from(fd), size)?,
             details,
         })
     };

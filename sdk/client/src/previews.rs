@@ -78,8 +78,7 @@ mod tests {
 
     #[tokio::test]
     async fn packets_become_frames_until_the_other_side_closes() {
-        let (here, there) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (here, there) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let frame = Preview { picture: 1, step: 2, steps: 20, width: 32, height: 64, png: b"png".to_vec() };
         let fields = [MAGIC, VERSION, frame.picture, frame.step, frame.steps, frame.width, frame.height, FORMAT_PNG];
         let mut packet: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();

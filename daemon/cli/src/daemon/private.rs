@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use blocklora_client::Client;
+use tempfile::TempDir;
 
 use crate::failure::NoDaemon;
 
@@ -27,6 +29,8 @@ pub enum State {
 /// How long it may take to end after its connection is closed.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long it may take to end after a command that failed.
+const DROP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait for another daemon to leave the state folder.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
 /// What a daemon says that finds another one in its state folder.
@@ -35,6 +39,10 @@ const BUSY: &str = "another blocklorad uses";
 /// A running private daemon.
 pub struct Private {
     child: Child,
+    /// Our end of its connection; shutting it down ends the connection whoever else still holds it.
+    connection: UnixStream,
+    /// Goes last.
+    _temporary: Option<TempDir>,
 }
 
 /// The daemon's program and where it was found.
@@ -83,11 +91,17 @@ impl Private {
         command.args(["--private", "--log", "error"]);
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         command.stderr(Stdio::from(log.try_clone().context("cannot make a temporary file")?));
-        match state {
-            State::Temporary => command.env_remove("STATE_DIRECTORY"),
-            State::User => command.env("STATE_DIRECTORY", super::user_state()?),
-            State::Folder(folder) => command.env("STATE_DIRECTORY", folder),
+        let mut temporary = None;
+        let folder = match state {
+            State::Temporary => {
+                let folder = tempfile::Builder::new().prefix("blocklora-").tempdir();
+                let folder = temporary.insert(folder.context("cannot make a temporary folder")?);
+                folder.path().to_path_buf()
+            }
+            State::User => super::user_state()?,
+            State::Folder(folder) => folder.clone(),
         };
+        command.env("STATE_DIRECTORY", folder);
         if let Some(threads) = threads {
             command.env("RAYON_NUM_THREADS", threads.to_string());
         }
@@ -96,7 +110,8 @@ impl Private {
         let child = command.spawn().with_context(|| format!("{}: cannot be started", program.display()))?;
         // It holds the other end of the socket now; with ours of it gone, its end is noticed.
         drop(command);
-        let mut private = Self { child };
+        let connection = ours.try_clone().context("cannot make a socket")?;
+        let mut private = Self { child, connection, _temporary: temporary };
         match Client::from_stream(ours).await {
             Ok(client) => Ok((client, private)),
             Err(error) => {
@@ -120,12 +135,14 @@ impl Private {
         let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         let said = last.trim().trim_start_matches("ERROR ");
         // Behind the name of the module that says it.
-        let message = said.split_once(": ").filter(|(module, _)| module.starts_with("blocklora") && !module.contains(' '));
+        let message =
+            said.split_once(": ").filter(|(module, _)| module.starts_with("blocklora") && !module.contains(' '));
         message.map_or(said, |(_, message)| message).to_owned()
     }
 
-    /// Waits until it has ended; its connection must be closed.
+    /// Ends it and waits until it has ended.
     pub async fn ended(mut self) {
+        let _ = self.connection.shutdown(Shutdown::Both);
         let give_up = tokio::time::Instant::now() + END_TIMEOUT;
         loop {
             match self.child.try_wait() {
@@ -142,8 +159,16 @@ impl Private {
 }
 
 impl Drop for Private {
-    /// Without its connection it ends by itself; this only collects it if it already has.
+    /// Without its connection it ends by itself; its temporary folder is to go after it.
     fn drop(&mut self) {
-        let _ = self.child.try_wait();
+        let _ = self.connection.shutdown(Shutdown::Both);
+        let started = std::time::Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && started.elapsed() < DROP_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
 }

@@ -4,7 +4,6 @@ mod protocol;
 mod sixel;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 
 use clap::ValueEnum;
 
@@ -65,12 +64,5 @@ impl Screen {
         // Up to the first line of the place, the picture, and back to where the cursor was.
         let _ = write!(out, "{lines}\x1b7\x1b[{LINES}A\r{picture}\x1b8");
         let _ = out.flush();
-    }
-
-    /// Shows the picture in a file.
-    pub fn show_file(&mut self, path: &Path) {
-        if let Ok(png) = std::fs::read(path) {
-            self.show(&png);
-        }
     }
 }

@@ -34,7 +34,8 @@ pub fn detect(variable: &dyn Fn(&str) -> Option<String>) -> Option<Protocol> {
     {
         return Some(Protocol::Iterm2);
     }
-    let sixel = ["foot", "mlterm", "yaft", "contour"].iter().any(|name| term.starts_with(name)) || term.contains("sixel");
+    let sixel =
+        ["foot", "mlterm", "yaft", "contour"].iter().any(|name| term.starts_with(name)) || term.contains("sixel");
     sixel.then_some(Protocol::Sixel)
 }
 

@@ -25,13 +25,15 @@ pub fn encode(png: &[u8]) -> Result<String> {
     }
     for top in (0..height).step_by(6) {
         let rows = 6.min(height - top);
-        let mut used: Vec<usize> = (0..rows * width).map(|i| nearest(picture.pixel(i % width, top + i / width))).collect();
+        let mut used: Vec<usize> =
+            (0..rows * width).map(|i| nearest(picture.pixel(i % width, top + i / width))).collect();
         let band = used.clone();
         used.sort_unstable();
         used.dedup();
         for colour in used {
             let _ = write!(text, "#{colour}");
-            let column = |x: usize| (0..rows).filter(|y| band[y * width + x] == colour).fold(0u8, |bits, y| bits | 1 << y);
+            let column =
+                |x: usize| (0..rows).filter(|y| band[y * width + x] == colour).fold(0u8, |bits, y| bits | 1 << y);
             run_lengths(&mut text, (0..width).map(column));
             text.push('$');
         }

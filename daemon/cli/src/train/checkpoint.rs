@@ -34,7 +34,9 @@ pub fn begin(output: &Path, run: &str, resume: bool) -> anyhow::Result<()> {
             bail!("{shown}: a checkpoint of an interrupted run is there: go on from it with --resume, or remove it");
         }
         if found != run {
-            bail!("{shown}: the checkpoint of a run with other pictures or settings: remove it, or give that run's own");
+            bail!(
+                "{shown}: the checkpoint of a run with other pictures or settings: remove it, or give that run's own"
+            );
         }
         return Ok(());
     }

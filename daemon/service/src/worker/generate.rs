@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use blocklora_engine::Error as EngineError;
 use blocklora_engine::generate::{GenerateRequest, Step, decode, generate};
-use blocklora_engine::image::{AdapterUse, Filter, Picture};
+use blocklora_engine::image::{AdapterUse, Filter, GenerationParameters, MergeUse, Picture};
 use blocklora_engine::model::Model;
 use zbus::Variant;
 
@@ -13,7 +13,7 @@ use super::{Outcome, Restore, Worker, usec_of, usec_since};
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::previews::Frame;
-use crate::jobs::work::Generate;
+use crate::jobs::work::{DEFAULT_STRATEGY, Generate};
 use crate::jobs::{Job, ResultFile};
 use crate::memfd;
 
@@ -38,6 +38,10 @@ impl Worker {
             .map(|entry| AdapterUse { name: entry.name.clone(), digest: entry.digest.clone(), weight: entry.weight })
             .collect();
 
+        let set = &work.set;
+        let unusual = set.strategy != DEFAULT_STRATEGY || !set.strategy_config.is_empty();
+        let merge = (unusual && !set.entries.is_empty())
+            .then(|| MergeUse { strategy: set.strategy.clone(), config: set.strategy_config.clone() });
         let mut files = Vec::new();
         let mut seeds = Vec::new();
         for image in 0..work.count {
@@ -57,7 +61,11 @@ impl Worker {
                 job.set_stage("encoding");
             }
             let picture = self.draw(job, work, &model, &request, image)?;
-            let parameters = request.parameters(&model, 0, &adapters);
+            let parameters = GenerationParameters {
+                merge: merge.clone(),
+                sampler_config: work.sampler_config.clone(),
+                ..request.parameters(&model, 0, &adapters)
+            };
             let text = parameters.to_text();
             let seed = request.seed;
             seeds.push(seed);
