@@ -1,6 +1,6 @@
 //! A model with adapters: what every command that draws or merges works on.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -9,12 +9,12 @@ use blocklora_engine::merge::strategy::MergeStrategy;
 use blocklora_engine::merge::{AdapterFactors, MergeReport, Merger, Target};
 use blocklora_engine::model::Model;
 use blocklora_engine::nn::LayerId;
-use blocklora_engine::text::{self, Prompt};
+use blocklora_engine::text;
 use blocklora_engine::{DType, Device};
 use blocklora_spec::Adapter;
 
-use crate::args::{MergeArgs, ModelArgs, Precision, WeightedFile};
-use crate::{base, methods, progress};
+use crate::args::{ModelArgs, Precision};
+use crate::{base, progress};
 
 impl From<Precision> for DType {
     fn from(precision: Precision) -> Self {
@@ -119,23 +119,6 @@ impl Session {
     }
 }
 
-/// Opens the model and the adapters that a command names, and merges them.
-pub fn open_merged(
-    model: &ModelArgs,
-    merge: &MergeArgs,
-    with: &[WeightedFile],
-) -> anyhow::Result<(Session, MergeReport)> {
-    let files: Vec<&PathBuf> = with.iter().map(|w| &w.path).collect();
-    // A wrong file is found before the model is loaded, which takes much longer.
-    for file in &files {
-        Adapter::open(file)?;
-    }
-    let mut session = Session::new(open_model(model)?, &files)?;
-    let set: Vec<(usize, f32)> = with.iter().enumerate().map(|(i, w)| (i, w.weight)).collect();
-    let report = session.merge(&set, &methods::strategy(merge)?)?;
-    Ok((session, report))
-}
-
 fn check_base(adapter: &Adapter, model: &Model) -> anyhow::Result<()> {
     let base = &adapter.manifest().base;
     let (architecture, digest) = (model.architecture(), model.digest());
@@ -155,20 +138,6 @@ fn check_base(adapter: &Adapter, model: &Model) -> anyhow::Result<()> {
             base.digest,
             model.dir().display()
         );
-    }
-    Ok(())
-}
-
-/// Fails, before anything costly, if `prompt` names a concept that is not among the adapters.
-pub fn check_prompt(prompt: &str, session: &Session) -> anyhow::Result<()> {
-    for name in Prompt::parse(prompt).concepts() {
-        if !session.concepts.iter().any(|c| c.name == name) {
-            let known: Vec<String> = session.concepts.iter().map(|c| format!("<{}>", c.name)).collect();
-            if known.is_empty() {
-                bail!("the prompt names <{name}>, but no concept is given: add --with FILE");
-            }
-            bail!("the prompt names <{name}>, but the given concepts are {}", known.join(", "));
-        }
     }
     Ok(())
 }

@@ -122,12 +122,17 @@ fn check_base(adapter: &AdapterState, model: &ChosenModel, path: &Path) -> anyho
 /// The id and the settings of the strategy that `args` choose.
 pub fn strategy(args: &SetArgs) -> (String, Map<String, Value>) {
     let mut config = Map::new();
-    if args.on_clash == Clash::Mean {
+    let id = match args.strategy.as_str() {
+        "blocklora-sum1" => {
+            config.insert("normalise".into(), "sum1".into());
+            "blocklora"
+        }
+        "average" => "weighted-average",
+        id => id,
+    };
+    // Only a strategy that refuses shared rows can be told not to.
+    if args.on_clash == Clash::Mean && id == "blocklora" {
         config.insert("clash".into(), "mean".into());
     }
-    if args.strategy == "blocklora-sum1" {
-        config.insert("normalise".into(), "sum1".into());
-        return ("blocklora".into(), config);
-    }
-    (args.strategy.clone(), config)
+    (id.to_owned(), config)
 }

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use blocklora_client::{CancelMode, ResultFile, Train, Trained};
 use blocklora_engine::train::Dataset;
+use blocklora_sdk::manifest::PluginKind;
 use blocklora_spec::Adapter;
 use clap::ValueEnum;
 
@@ -18,6 +19,7 @@ use crate::args::ModelArgs;
 use crate::concepts::Concepts;
 use crate::daemon::{self, Daemon, State, choose_model, watch};
 use crate::failure::Interrupted;
+use crate::methods;
 use crate::output::{self, OutputFile};
 use rows::Rows;
 
@@ -43,11 +45,11 @@ pub struct Args {
     /// What kind of thing it is; decides the sentences that pictures are captioned with
     #[arg(long, value_enum, default_value = "subject")]
     kind: KindArg,
-    /// How to train: blocklora (own rows and output erasure), ed-lora (all rows), or another trainer of `blocklora
-    /// plugin list`
+    /// How to train: blocklora (own rows and output erasure), ed-lora (all rows), or another trainer of `blocklora plugin
+    /// list`
     #[arg(long, value_name = "NAME", default_value = "blocklora")]
     method: String,
-    /// Settings of the method, as TOML; docs/guide.md lists them
+    /// Settings of the method, as TOML; `blocklora plugin info train-ID` lists them
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Which block of rows the concept owns: a number below the partition's capacity, or "none" for all rows [default:
@@ -143,9 +145,10 @@ impl FromStr for Slot {
 
 /// Runs the command.
 pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
-    let settings = settings::read(args.config.as_deref(), &args.method, args.steps)?;
+    let settings = settings::read(args.config.as_deref(), args.steps)?;
     output::check_file(&args.output)?;
-    let rows = Rows::asked_for(args.slot, &args.method, settings.partition.as_ref())?;
+    let has_slots = methods::plugins().has_setting(PluginKind::Train, &args.method, "partition")?;
+    let rows = Rows::asked_for(args.slot, &args.method, has_slots, settings.partition.as_ref())?;
     let pictures = pictures(&args.images)?;
     // All pictures and captions are read here once, so that what is wrong is said at once and by the file's name.
     Dataset::from_files(&pictures)?;

@@ -11,7 +11,7 @@ use anyhow::Context;
 use blocklora_client::{Client, Error, ErrorKind, Place};
 
 pub use models::{ChosenModel, choose_model};
-pub use private::{Program, State, program};
+pub use private::{State, program};
 
 use crate::failure::NoDaemon;
 use private::Private;

@@ -27,12 +27,18 @@ pub enum Rows {
 }
 
 impl Rows {
-    /// The rows that the option `--slot`, the method and the settings ask for. Errors: a slot where there is none.
-    pub fn asked_for(slot: Option<Slot>, method: &str, partition: Option<&Partition>) -> anyhow::Result<Self> {
-        if method == "ed-lora" {
+    /// The rows that the option `--slot`, the method, which may or may not have slots, and the settings ask for. Errors: a
+    /// slot where there is none.
+    pub fn asked_for(
+        slot: Option<Slot>,
+        method: &str,
+        has_slots: bool,
+        partition: Option<&Partition>,
+    ) -> anyhow::Result<Self> {
+        if !has_slots {
             return match slot {
                 Some(Slot::Number(_)) => {
-                    failure::usage("--slot: ed-lora owns all rows; leave it out or use --method blocklora")
+                    failure::usage(format!("--slot: {method} owns all rows; leave it out or use --method blocklora"))
                 }
                 _ => Ok(Self::Default),
             };
@@ -46,8 +52,7 @@ impl Rows {
             }
             // The settings chose a slot themselves.
             None if partition.is_some() => Ok(Self::Slot(division, Some(division.slot))),
-            None if method == "blocklora" => Ok(Self::Slot(division, None)),
-            None => Ok(Self::Default),
+            None => Ok(Self::Slot(division, None)),
         }
     }
 
