@@ -26,6 +26,7 @@ fn parameters(prompt: &str) -> GenerationParameters {
             AdapterUse { name: "milo".into(), digest: "aa".into(), weight: 1.0 },
             AdapterUse { name: "zuko".into(), digest: "bb".into(), weight: 0.25 },
         ],
+        ..GenerationParameters::default()
     }
 }
 
