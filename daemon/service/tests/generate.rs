@@ -171,8 +171,8 @@ fn progress_counts_and_cancels() {
 
 #[test]
 fn a_file_says_how_to_make_the_picture_again() {
-    let (model, sampler) = (model(), sampler("dpmpp-2m"));
-    let two = GenerateRequest { negative_prompt: "dog", count: 2, ..request(&*sampler) };
+    let (model, drawn_with) = (model(), sampler("dpmpp-2m"));
+    let two = GenerateRequest { negative_prompt: "dog", count: 2, ..request(&*drawn_with) };
     let adapters = [AdapterUse { name: "milo".into(), digest: "ab".into(), weight: 0.5 }];
     let path = tempfile::tempdir().unwrap().keep().join("picture.png");
     let pictures = quiet(&model, &two).unwrap();

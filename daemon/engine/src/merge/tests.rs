@@ -107,7 +107,7 @@ impl MergeStrategy for PerRow {
     fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan> {
         let layer = |index: usize| {
             let owners =
-                |row| adapters.iter().filter(|a| a.factors(index).is_some_and(|f| f.rows.contains(row))).count();
+                |row: &u32| adapters.iter().filter(|a| a.factors(index).is_some_and(|f| f.rows.contains(row))).count();
             let term = |(adapter, view): (usize, &&dyn AdapterView)| {
                 let rows = view.factors(index)?.rows;
                 let coefficients = rows.iter().map(|row| (self.1)(view.weight(), owners(row))).collect();
