@@ -54,6 +54,9 @@ pub struct NewArgs {
     /// The folder of the SDK to build with [default: the released one]
     #[arg(long, value_name = "DIR")]
     sdk: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// List the plugins
@@ -86,6 +89,9 @@ pub struct QuarantineArgs {
     /// Lift the quarantine
     #[arg(long)]
     lift: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// `<kind>-<id>`.
@@ -138,6 +144,9 @@ fn new(args: &NewArgs) -> anyhow::Result<()> {
     let kinds = [PluginKind::Merge, PluginKind::Train, PluginKind::Sample];
     let kind = kinds.into_iter().find(|kind| kind.as_str() == args.kind).unwrap_or(PluginKind::Merge);
     let folder = blocklora_check::new_plugin(&args.id, kind, Path::new("."), args.sdk.as_deref())?;
+    if args.json {
+        return output::print_json(&json!({"folder": folder}));
+    }
     Ok(output::print(&format!("{}: build it with cargo build, then check the library\n", folder.display()))?)
 }
 
@@ -226,6 +235,9 @@ fn quarantine(args: &QuarantineArgs) -> anyhow::Result<()> {
     let Name { kind, id } = &args.plugin;
     let reason = (!args.lift).then_some("put there by hand");
     methods::plugins().set_quarantine(*kind, id, reason)?;
+    if args.json {
+        return output::print_json(&json!({"kind": kind, "id": id, "quarantined": !args.lift}));
+    }
     let now = if args.lift { "is no longer quarantined" } else { "is quarantined" };
     output::print(&format!("{kind}-{id} {now}\n"))?;
     Ok(())

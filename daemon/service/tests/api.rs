@@ -263,7 +263,7 @@ async fn the_daemon_shows_the_committed_interfaces_and_keeps_them() {
     client.wait(job.as_str()).await.unwrap();
     let plugin = format!("{ROOT}/plugin/{}", {
         let samplers: Vec<String> = client.get(ROOT, "Manager", "Samplers").await;
-        samplers[0]
+        format!("sample-{}", samplers[0])
             .bytes()
             .map(|b| if b.is_ascii_alphanumeric() { char::from(b).to_string() } else { format!("_{b:02x}") })
             .collect::<String>()

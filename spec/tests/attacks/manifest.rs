@@ -107,7 +107,7 @@ fn fields() -> Vec<Attack> {
         field("rank_text", "/rank", json!("2"), "manifest: rank: invalid type: string \"2\""),
         field("alpha_zero", "/alpha", json!(0), "manifest: alpha: 0 is not a positive"),
         field("alpha_negative", "/alpha", json!(-1), "manifest: alpha: -1 is not a positive"),
-        field("alpha_overflows", "/alpha", json!(1e39), "manifest: alpha: inf is not a positive"),
+        field("alpha_overflows", "/alpha", json!(1e39), "manifest: alpha: number out of range"),
         field("alpha_vanishes", "/alpha", json!(1e-60), "manifest: alpha: 0 is not a positive"),
         field("delta_unknown", "/delta", json!("alpha / sqrt(rank) * B * A"), "manifest: delta: unknown variant"),
         field("lambda_one", "/erasure_lambda", json!(1.0), "manifest: erasure_lambda: 1 is not in 0..1"),

@@ -166,7 +166,7 @@ impl Worker {
 /// The engine's error with what to do about it.
 fn named(error: EngineError) -> Error {
     let advice = match error {
-        EngineError::NotFinite { .. } => "; lower the adapters' weights or guidance_scale",
+        EngineError::NotFinite { .. } => "; lower the concepts' weights or guidance_scale",
         _ => "",
     };
     let error = Error::from(error);
