@@ -137,7 +137,11 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
     };
     params.finish()?;
     if !(0.0..=1000.0).contains(&work.guidance_scale) {
-        return Err(Error::option(format!("guidance_scale = {}: must be 0 to 1000; 1 is no guidance", work.guidance_scale)).into());
+        return Err(Error::option(format!(
+            "guidance_scale = {}: must be 0 to 1000; 1 is no guidance",
+            work.guidance_scale
+        ))
+        .into());
     }
     check_size(&call.daemon, &work)?;
     // A wrong method is said now, not when the job runs.

@@ -12,7 +12,7 @@ const TOLERANCE: f32 = 1e-5;
 pub fn check_law(law: Law, strategy: &dyn AnyMergeStrategy, problem: &Problem) -> Result<()> {
     let count = problem.adapters().len();
     match law {
-        Law::Converges => return Err(Error::new(Code::NotSupported, "converges is a law of samplers")),
+        Law::Converges => Err(Error::new(Code::NotSupported, "converges is a law of samplers")),
         Law::Identity => (0..count).try_for_each(|i| {
             let mut alone = problem.choose(&[i]);
             alone.set_weights(&[1.0]);
