@@ -23,8 +23,11 @@ pub struct CrossTalk {
     all_others: f64,
 }
 
+/// A name, and whether a layer of that name belongs to it.
+type Part = (&'static str, fn(&str) -> bool);
+
 /// The parts of the model, and the layers in them.
-const PARTS: [(&str, fn(&str) -> bool); 3] = [
+const PARTS: [Part; 3] = [
     ("unet, self-attention", |name| name.starts_with("unet.") && name.contains(".attn1.")),
     ("unet, cross-attention", |name| name.starts_with("unet.") && name.contains(".attn2.")),
     ("text encoder", |name| name.starts_with("text_encoder.")),
