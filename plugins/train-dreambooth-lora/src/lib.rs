@@ -38,7 +38,7 @@ impl Default for PriorPreservation {
     }
 }
 
-/// Trains factors that make "a <rare token> <class>" mean the concept (Ruiz et al., "DreamBooth: Fine tuning
+/// Trains factors that make `a <rare token> <class>` mean the concept (Ruiz et al., "DreamBooth: Fine tuning
 /// text-to-image diffusion models for subject-driven generation", CVPR 2023; its LoRA form is diffusers'
 /// train_dreambooth_lora script). The words themselves do not move. alpha = 1 multiplies B A, which is what others write
 /// as alpha = r in alpha / r.

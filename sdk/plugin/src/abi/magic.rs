@@ -16,7 +16,7 @@ pub const ABI_STABLE_VERSION: &str = "0.11.3";
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Magic {
-    /// [`MAGIC_WORD`].
+    /// `MAGIC_WORD`.
     pub word: [u8; 8],
     /// Bytes of this block.
     pub length: u32,
@@ -24,7 +24,7 @@ pub struct Magic {
     pub abi_major: u32,
     /// Additions to it.
     pub abi_minor: u32,
-    /// [`ABI_STABLE_VERSION`] of the SDK that built it.
+    /// `ABI_STABLE_VERSION` of the SDK that built it.
     pub abi_stable: [u8; 20],
     /// Target triple, such as `x86_64-unknown-linux-gnu`.
     pub target: [u8; 64],

@@ -179,7 +179,7 @@ pub trait TrainHost: Job {
     /// The captions of the concept's own pictures, of which there is at least one; `{}` stands for the concept. None:
     /// only templates.
     fn captions(&self) -> &[Option<String>];
-    /// The embedding [d] of `word`, which must be a single token of the model's vocabulary.
+    /// The embedding `[d]` of `word`, which must be a single token of the model's vocabulary.
     fn embedding(&self, word: &str) -> Result<Vec<f32>>;
     /// Whether `prompt` (in which `{}` stands for a concept of `tokens` tokens) fits the model; an error that says why
     /// not. Better asked of every prompt before step 0 than found out at step 700.
