@@ -96,6 +96,17 @@ impl std::fmt::Debug for WeightFile {
     }
 }
 
+/// Values in a mapping.
+#[derive(Clone, Copy, Debug)]
+pub enum Floats<'a> {
+    /// 32 bits.
+    F32(&'a [f32]),
+    /// IEEE 754 half precision.
+    F16(&'a [half::f16]),
+    /// The upper half of 32 bits.
+    Bf16(&'a [half::bf16]),
+}
+
 /// One tensor of a [`WeightFile`]: its pristine value.
 #[derive(Clone, Debug)]
 pub struct WeightView {
@@ -139,9 +150,44 @@ impl WeightView {
             Err(self.error(format!("shape {:?}, but the config asks for {expected:?}", self.shape)))
         }
     }
+    /// Its values where they lie in the mapping; none where they are not aligned, not floats or of the other
+    /// endianness.
+    pub fn floats(&self) -> Option<Floats<'_>> {
+        fn cast<T>(bytes: &[u8]) -> Option<&[T]> {
+            // SAFETY: only called for f32, f16 and bf16, for which every bit pattern is a value.
+            #[allow(unsafe_code)]
+            let (before, values, after) = unsafe { bytes.align_to::<T>() };
+            (before.is_empty() && after.is_empty() && cfg!(target_endian = "little")).then_some(values)
+        }
+        match self.dtype {
+            DType::F32 => cast(self.bytes()).map(Floats::F32),
+            DType::F16 => cast(self.bytes()).map(Floats::F16),
+            DType::BF16 => cast(self.bytes()).map(Floats::Bf16),
+            _ => None,
+        }
+    }
     /// Loads it as a tensor of `dtype` on `device`.
     pub fn load(&self, dtype: DType, device: &Device) -> Result<Tensor> {
-        Ok(Tensor::from_raw_buffer(self.bytes(), self.dtype, &self.shape, device)?.to_dtype(dtype)?)
+        let tensor = Tensor::from_raw_buffer(self.bytes(), self.dtype, &self.shape, device)?.to_dtype(dtype)?;
+        self.release();
+        Ok(tensor)
+    }
+
+    /// Tells the system that the pages of a large tensor are not needed for now: what has been copied need not count
+    /// as this process's memory twice. Reading them again maps them again.
+    fn release(&self) {
+        /// Below this it is not worth a call.
+        const LARGE: usize = 1 << 20;
+        #[cfg(unix)]
+        if self.bytes.len() >= LARGE {
+            const PAGE: usize = 4096;
+            let start = self.bytes.start.next_multiple_of(PAGE);
+            let len = (self.bytes.end / PAGE * PAGE).saturating_sub(start);
+            // SAFETY: the mapping is shared, read-only and backed by the file, so that a dropped page is read from
+            // there again with the same content. A refusal changes nothing.
+            #[allow(unsafe_code)]
+            let _ = unsafe { self.file.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+        }
     }
 }
 

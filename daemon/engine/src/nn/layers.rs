@@ -2,13 +2,13 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops;
+use crate::ops::{self, Frozen};
 
 /// A convolution with zero padding and a square kernel.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     /// [O, C, k, k].
-    pub weight: Tensor,
+    pub weight: Frozen,
     /// `[O]`.
     pub bias: Option<Tensor>,
     /// In both directions.

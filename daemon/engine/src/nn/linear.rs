@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::{self, LoraBranch};
+use crate::ops::{self, Frozen, LoraBranch};
 
 /// The index of an adaptable Linear, in the order in which the model lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,20 +37,15 @@ pub struct Forward<'a> {
 /// y = W x + b on the live weight, and the training adapter's branch where there is one.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Frozen,
     bias: Option<Tensor>,
     layer: Option<LayerId>,
 }
 
 impl Linear {
     /// `weight` [m, n], `bias` `[m]`; `layer` names the Linear if adapters may change it.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, layer: Option<LayerId>) -> Self {
+    pub fn new(weight: Frozen, bias: Option<Tensor>, layer: Option<LayerId>) -> Self {
         Self { weight, bias, layer }
-    }
-
-    /// The live weight, [m, n]; merging writes into its storage.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
     }
 
     /// `x` [batch, tokens, n] -> [batch, tokens, m].

@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{Conv2d, GroupNorm, LayerId, LayerNorm, Linear};
 use crate::error::{Error, Result};
 use crate::merge::strategy::LayerInfo;
+use crate::ops::Frozen;
 use crate::weights::{WeightFile, WeightView};
 
 /// A Linear that adapters may change: what it is called, its value in the file and its value in the model.
@@ -101,9 +102,23 @@ impl Scope<'_> {
         self.view(name, shape)?.load(self.loader.precision, self.loader.device)
     }
 
+    /// The weight `name`, of exactly `shape`, which nothing ever changes: where it lies in the mapped file if it is
+    /// stored as the model holds it, so that it takes no memory of its own.
+    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        let view = self.view(name, shape)?;
+        let (precision, device) = (self.loader.precision, self.loader.device);
+        if device.is_cpu()
+            && view.dtype() == precision
+            && let Some(mapped) = Frozen::mapped(view.clone())
+        {
+            return Ok(mapped);
+        }
+        Ok(view.load(precision, device)?.into())
+    }
+
     /// A Linear from `inputs` to `outputs` that adapters never change.
     pub fn linear(&self, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
-        let weight = self.tensor("weight", &[outputs, inputs])?;
+        let weight = self.frozen("weight", &[outputs, inputs])?;
         Ok(Linear::new(weight, self.bias(outputs, bias)?, None))
     }
 
@@ -117,7 +132,7 @@ impl Scope<'_> {
         let id = LayerId(layers.len());
         let info = LayerInfo { name, rows: outputs, columns: inputs };
         layers.push(AdaptableLayer { info, pristine, live: live.clone() });
-        Ok(Linear::new(live, bias, Some(id)))
+        Ok(Linear::new(live.into(), bias, Some(id)))
     }
 
     fn bias(&self, outputs: usize, wanted: bool) -> Result<Option<Tensor>> {
@@ -133,7 +148,7 @@ impl Scope<'_> {
         stride: usize,
         padding: usize,
     ) -> Result<Conv2d> {
-        let weight = self.tensor("weight", &[outputs, inputs, kernel, kernel])?;
+        let weight = self.frozen("weight", &[outputs, inputs, kernel, kernel])?;
         Ok(Conv2d { weight, bias: Some(self.tensor("bias", &[outputs])?), stride, padding })
     }
 

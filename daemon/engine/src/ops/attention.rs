@@ -1,10 +1,14 @@
-//! Scaled dot-product attention, a block of queries at a time, and its gradients by recomputation.
+//! Scaled dot-product attention that never holds the matrix of scores: some queries and some keys at a time, with a
+//! running softmax (Dao et al., 2022, "FlashAttention"). Queries lie in the lanes of vectors, so that the softmax needs
+//! no sum across a vector.
 
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::cpu::{Matrix, MatrixMut, Shared, Threads, Values, applies, filled, matmul, parallel, scratch, values};
+use super::attention_backward;
+use super::cpu::{Shared, applies, filled, parallel, scratch, values};
 use super::reference;
-use super::simd::{dispatch, exp, sum_of, sum_of_pairs};
+use super::simd::{dispatch, exp};
+use super::tile::{Left, Output, PAD, Right, product};
 
 /// softmax(scale q k^T) v in `heads` heads. `q` [B, T, heads * d], `k` and `v` [B, S, heads * d] -> [B, T, heads * d].
 /// `causal` hides later positions (S = T).
@@ -27,89 +31,143 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, c
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
-struct Attention {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
+pub(super) struct Attention {
+    pub batch: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub heads: usize,
     /// Width of one head.
-    depth: usize,
-    scale: f32,
-    causal: bool,
+    pub depth: usize,
+    pub scale: f32,
+    pub causal: bool,
 }
 
-/// Elements of a block of scores: half of a second-level cache.
-const BLOCK: usize = 1 << 16;
+/// Queries of a task: lanes.
+const QUERIES: usize = 4 * PAD;
+/// Keys at a time: scores that the first-level cache nearly holds.
+const KEYS: usize = 128;
 
 impl Attention {
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.heads * self.depth
     }
 
-    /// Queries handled together.
-    fn block(&self) -> usize {
-        (BLOCK / self.keys).clamp(16, 128).min(self.queries.max(1))
-    }
-
-    /// Keys that the queries before `end` see.
-    fn visible(&self, end: usize) -> usize {
-        if self.causal { end } else { self.keys }
-    }
-
-    fn work(&self) -> usize {
+    pub(super) fn work(&self) -> usize {
         self.batch * self.queries * self.keys * self.width()
     }
 
-    /// The head's `rows` first rows from `row` on in a [B, rows, heads * d] slice.
-    fn head<'a>(&self, data: &'a [f32], of: usize, sample: usize, head: usize, row: usize, rows: usize) -> Matrix<'a> {
-        let width = self.width();
-        Matrix::strided(&data[(sample * of + row) * width + head * self.depth..], rows, self.depth, width)
+    /// Where a head of a sample begins in a [B, rows, heads * d] slice.
+    pub(super) fn head(&self, rows: usize, sample: usize, head: usize) -> usize {
+        sample * rows * self.width() + head * self.depth
     }
 
-    /// Softmax weights of the queries start..end into `weights` [end - start, keys].
-    fn weights(&self, q: &[f32], k: &[f32], at: (usize, usize), start: usize, end: usize, weights: &mut [f32]) {
-        let ((sample, head), keys) = (at, self.visible(end));
-        let q = self.head(q, self.queries, sample, head, start, end - start);
-        let k = self.head(k, self.keys, sample, head, 0, keys);
-        matmul(MatrixMut::new(weights, end - start, keys), false, q, k.t(), self.scale, Threads::One);
-        for (query, row) in (start..end).zip(weights.chunks_exact_mut(keys)) {
-            let visible = if self.causal { query + 1 } else { keys };
-            let (row, hidden) = row.split_at_mut(visible);
-            softmax(row);
-            hidden.fill(0.0);
+    /// The head's queries start..end times `factor`, transposed: [d, lanes], zeros beyond the last query.
+    pub(super) fn lanes_of(&self, from: &[f32], start: usize, end: usize, factor: f32, to: &mut [f32]) {
+        let lanes = to.len() / self.depth.max(1);
+        for lane in 0..lanes {
+            if start + lane < end {
+                let from = &from[(start + lane) * self.width()..][..self.depth];
+                from.iter().zip(to[lane..].iter_mut().step_by(lanes)).for_each(|(from, to)| *to = from * factor);
+            } else {
+                to[lane..].iter_mut().step_by(lanes).for_each(|to| *to = 0.0);
+            }
         }
+    }
+
+    /// The scores of the keys first..first + rows for the queries from `start` on: `scores` [rows, lanes], with `q`
+    /// [d, lanes] already scaled. `k` begins at the head's first key.
+    pub(super) fn scores(&self, q: &[f32], k: &[f32], first: usize, rows: usize, start: usize, scores: &mut [f32]) {
+        let lanes = scores.len() / rows;
+        product(
+            Output { data: scores, row: lanes },
+            false,
+            Left { data: &k[first * self.width()..], row: self.width(), step: 1 },
+            Right { data: q, step: lanes },
+            (rows, lanes, self.depth),
+        );
+        if self.causal && first + rows > start + 1 {
+            for (key, scores) in (first..).zip(scores.chunks_exact_mut(lanes)) {
+                // Query start + lane sees the keys up to itself.
+                let hidden = key.saturating_sub(start).min(lanes);
+                scores[..hidden].fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+
+    /// Keys that some query before `end` sees.
+    pub(super) fn visible(&self, end: usize) -> usize {
+        if self.causal { end } else { self.keys }
+    }
+
+    /// One head's output for the queries start..end.
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], start: usize, end: usize, write: impl FnOnce(&[f32], &[f32])) {
+        let (depth, lanes) = (self.depth, (end - start).next_multiple_of(PAD));
+        let keys = self.visible(end);
+        scratch(depth * lanes * 2 + lanes * 2 + KEYS.min(keys) * lanes, |buffer| {
+            let (q_lanes, buffer) = buffer.split_at_mut(depth * lanes);
+            let (sums, buffer) = buffer.split_at_mut(depth * lanes);
+            let (maximum, buffer) = buffer.split_at_mut(lanes);
+            let (total, scores) = buffer.split_at_mut(lanes);
+            self.lanes_of(q, start, end, self.scale, q_lanes);
+            sums.fill(0.0);
+            maximum.fill(f32::NEG_INFINITY);
+            total.fill(0.0);
+            for first in (0..keys).step_by(KEYS) {
+                let rows = KEYS.min(keys - first);
+                let scores = &mut scores[..rows * lanes];
+                self.scores(q_lanes, k, first, rows, start, scores);
+                softmax_step(scores, maximum, total, sums);
+                product(
+                    Output { data: sums, row: lanes },
+                    true,
+                    Left { data: &v[first * self.width()..], row: 1, step: self.width() },
+                    Right { data: scores, step: lanes },
+                    (depth, lanes, rows),
+                );
+            }
+            write(sums, total);
+        });
     }
 }
 
-dispatch!(fn softmax(row: &mut [f32]) = softmax_body);
-dispatch!(fn softmax_gradient(weights: &[f32], grad: &mut [f32]) = softmax_gradient_body);
+dispatch!(
+    /// Turns `scores` [keys, lanes] into e^(score - maximum), where the running `maximum` takes them in, and brings
+    /// `total` and `sums` [d, lanes] of the keys before to the same maximum; `total` takes the new ones in.
+    pub(super) fn softmax_step(scores: &mut [f32], maximum: &mut [f32], total: &mut [f32], sums: &mut [f32])
+        = softmax_step_body
+);
 
 #[inline(always)]
-fn softmax_body<const FMA: bool>(row: &mut [f32]) {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = row.as_chunks::<16>();
-    for chunk in chunks {
-        for (max, &x) in lanes.iter_mut().zip(chunk) {
-            *max = if x > *max { x } else { *max };
+fn softmax_step_body<const FMA: bool>(scores: &mut [f32], maximum: &mut [f32], total: &mut [f32], sums: &mut [f32]) {
+    let lanes = maximum.len();
+    for first in (0..lanes).step_by(PAD) {
+        let mut largest = [f32::NEG_INFINITY; PAD];
+        for scores in scores.chunks_exact(lanes) {
+            for (largest, &score) in largest.iter_mut().zip(&scores[first..first + PAD]) {
+                *largest = if score > *largest { score } else { *largest };
+            }
         }
-    }
-    for (max, &x) in lanes.iter_mut().zip(rest) {
-        *max = if x > *max { x } else { *max };
-    }
-    let max = lanes.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
-    row.iter_mut().for_each(|x| *x = exp::<FMA>(*x - max));
-    let row = &mut row[..];
-    let inverse = 1.0 / sum_of(row, |x| x);
-    row.iter_mut().for_each(|x| *x *= inverse);
-}
-
-/// Turns dL/dweights into dL/dscores: p (g - sum of p g).
-#[inline(always)]
-fn softmax_gradient_body<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
-    let (weights, grad) = (&weights[..grad.len()], grad);
-    let mean = sum_of_pairs(weights, grad, |weight, grad| weight * grad);
-    for (grad, &weight) in grad.iter_mut().zip(weights) {
-        *grad = weight * (*grad - mean);
+        let mut shrink = [0.0; PAD];
+        for ((largest, maximum), shrink) in largest.iter_mut().zip(&mut maximum[first..]).zip(&mut shrink) {
+            *largest = if *maximum > *largest { *maximum } else { *largest };
+            *shrink = exp::<FMA>(*maximum - *largest);
+            *maximum = *largest;
+        }
+        let mut added = [0.0; PAD];
+        for scores in scores.chunks_exact_mut(lanes) {
+            for ((score, largest), added) in scores[first..first + PAD].iter_mut().zip(&largest).zip(&mut added) {
+                *score = exp::<FMA>(*score - largest);
+                *added += *score;
+            }
+        }
+        for ((total, shrink), added) in total[first..].iter_mut().zip(&shrink).zip(&added) {
+            *total = *total * shrink + added;
+        }
+        if shrink != [1.0; PAD] {
+            for sums in sums.chunks_exact_mut(lanes) {
+                sums[first..first + PAD].iter_mut().zip(&shrink).for_each(|(sum, shrink)| *sum *= shrink);
+            }
+        }
     }
 }
 
@@ -129,23 +187,24 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let name = self.name();
         let (q, k, v) = (values(q, q_layout, name)?, values(k, k_layout, name)?, values(v, v_layout, name)?);
-        let (block, width) = (self.block(), self.width());
-        let blocks = self.queries.div_ceil(block);
+        let (width, blocks) = (self.width(), self.queries.div_ceil(QUERIES));
         let y = filled(q.len(), |y| {
             let y = Shared::new(y);
             parallel(self.batch * self.heads * blocks, self.work(), |task| {
-                let (start, task) = (task % blocks * block, task / blocks);
+                let (start, task) = (task % blocks * QUERIES, task / blocks);
                 let (head, sample) = (task % self.heads, task / self.heads);
-                let end = self.queries.min(start + block);
-                let keys = self.visible(end);
-                scratch((end - start) * keys, |weights| {
-                    self.weights(q, k, (sample, head), start, end, weights);
-                    let first = (sample * self.queries + start) * width + head * self.depth;
-                    // SAFETY: each task has its own queries of its own head.
-                    #[allow(unsafe_code)]
-                    let y = unsafe { y.matrix(first, end - start, self.depth, width) };
-                    let v = self.head(v, self.keys, sample, head, 0, keys);
-                    matmul(y, false, Matrix::new(weights, end - start, keys), v, 1.0, Threads::One);
+                let end = self.queries.min(start + QUERIES);
+                let (of_q, of_k) = (self.head(self.queries, sample, head), self.head(self.keys, sample, head));
+                self.forward(&q[of_q..], &k[of_k..], &v[of_k..], start, end, |sums, total| {
+                    let lanes = total.len();
+                    for (lane, query) in (start..end).enumerate() {
+                        let first = of_q + query * width;
+                        // SAFETY: each task has its own queries of its own head.
+                        #[allow(unsafe_code)]
+                        let y = unsafe { y.slice(first..first + self.depth) };
+                        let inverse = 1.0 / total[lane];
+                        y.iter_mut().zip(sums[lane..].iter().step_by(lanes)).for_each(|(y, sum)| *y = sum * inverse);
+                    }
                 });
             });
         });
@@ -154,89 +213,12 @@ impl CustomOp3 for Attention {
 
     fn bwd(
         &self,
-        q_tensor: &Tensor,
-        k_tensor: &Tensor,
-        v_tensor: &Tensor,
-        _: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let grad = Values::of(&grad)?;
-        let (q, k, v) = (Values::of(q_tensor)?, Values::of(k_tensor)?, Values::of(v_tensor)?);
-        let (q, k, v, grad) = (&q[..], &k[..], &v[..], &grad[..]);
-        let new = |tensor: &Tensor| tensor.track_op().then(|| vec![0.0f32; tensor.elem_count()]);
-        let (mut dq, mut dk, mut dv) = (new(q_tensor), new(k_tensor), new(v_tensor));
-        {
-            fn share(data: &mut Option<Vec<f32>>) -> Option<Shared<'_>> {
-                data.as_mut().map(|data| Shared::new(data))
-            }
-            let (dq, dk, dv) = (share(&mut dq), share(&mut dk), share(&mut dv));
-            parallel(self.batch * self.heads, self.work(), |task| {
-                self.backward_head(q, k, v, grad, (task / self.heads, task % self.heads), dq, dk, dv);
-            });
-        }
-        let tensor = |data: Option<Vec<f32>>, like: &Tensor| {
-            data.map(|data| Tensor::from_vec(data, like.shape(), &Device::Cpu)).transpose()
-        };
-        Ok((tensor(dq, q_tensor)?, tensor(dk, k_tensor)?, tensor(dv, v_tensor)?))
-    }
-}
-
-impl Attention {
-    /// With P = softmax(scale q k^T): dv = P^T g, dP = g v^T, dS = P (dP - sum of P dP), dq = scale dS k and
-    /// dk = scale dS^T q, over the queries block by block in order.
-    #[allow(clippy::too_many_arguments)]
-    fn backward_head(
-        &self,
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
-        grad: &[f32],
-        at: (usize, usize),
-        dq: Option<Shared>,
-        dk: Option<Shared>,
-        dv: Option<Shared>,
-    ) {
-        let ((sample, head), block, width) = (at, self.block(), self.width());
-        for start in (0..self.queries).step_by(block) {
-            let end = self.queries.min(start + block);
-            let (rows, keys) = (end - start, self.visible(end));
-            let grad = self.head(grad, self.queries, sample, head, start, rows);
-            scratch(2 * rows * keys, |buffer| {
-                let (weights, dscores) = buffer.split_at_mut(rows * keys);
-                self.weights(q, k, at, start, end, weights);
-                let first_key = sample * self.keys * width + head * self.depth;
-                if let Some(dv) = dv {
-                    // SAFETY: each task has its own head of its own sample.
-                    #[allow(unsafe_code)]
-                    let dv = unsafe { dv.matrix(first_key, keys, self.depth, width) };
-                    matmul(dv, true, Matrix::new(weights, rows, keys).t(), grad, 1.0, Threads::One);
-                }
-                if dq.is_none() && dk.is_none() {
-                    return;
-                }
-                let values = self.head(v, self.keys, sample, head, 0, keys);
-                matmul(MatrixMut::new(dscores, rows, keys), false, grad, values.t(), 1.0, Threads::One);
-                for (weights, dscores) in weights.chunks_exact(keys).zip(dscores.chunks_exact_mut(keys)) {
-                    softmax_gradient(weights, dscores);
-                }
-                let dscores = Matrix::new(dscores, rows, keys);
-                if let Some(dq) = dq {
-                    let first = (sample * self.queries + start) * width + head * self.depth;
-                    // SAFETY: as above.
-                    #[allow(unsafe_code)]
-                    let dq = unsafe { dq.matrix(first, rows, self.depth, width) };
-                    let k = self.head(k, self.keys, sample, head, 0, keys);
-                    matmul(dq, false, dscores, k, self.scale, Threads::One);
-                }
-                if let Some(dk) = dk {
-                    // SAFETY: as above.
-                    #[allow(unsafe_code)]
-                    let dk = unsafe { dk.matrix(first_key, keys, self.depth, width) };
-                    let q = self.head(q, self.queries, sample, head, start, rows);
-                    matmul(dk, true, dscores.t(), q, self.scale, Threads::One);
-                }
-            });
-        }
+        attention_backward::gradients(self, q, k, v, y, grad)
     }
 }

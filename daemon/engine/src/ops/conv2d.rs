@@ -3,19 +3,30 @@
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{
-    Matrix, MatrixMut, Shared, Threads, Values, applies, filled, matmul, parallel, scratch, small_weight, values,
-    with_weight,
+    Matrix, MatrixMut, Shared, Threads, Values, Weight, applies, filled, matmul, parallel, scratch, small_weight,
+    values,
 };
+use super::frozen::Frozen;
 use super::reference;
 use super::unfold::{Geometry, fold, unfold};
+use super::winograd::{self, Winograd};
 
 /// Convolution with zero padding. `x` [B, C, H, W], `weight` [O, C, k, k], `bias` `[O]` -> [B, O, H', W'].
-pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+pub fn conv2d(
+    x: &Tensor,
+    weight: impl Into<Frozen>,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
+    let weight = weight.into();
     if !applies(x) {
-        return reference::conv2d(x, weight, bias, stride, padding);
+        return reference::conv2d(x, &weight.tensor(x.device())?, bias, stride, padding);
     }
     let (batch, channels, height, width) = x.dims4()?;
-    let (outputs, weight_channels, kernel, kernel_width) = weight.dims4()?;
+    let &[outputs, weight_channels, kernel, kernel_width] = weight.dims() else {
+        bail!("conv2d: the weight {:?} has not four dimensions", weight.dims());
+    };
     if weight_channels != channels || kernel != kernel_width || kernel == 0 {
         bail!("conv2d: the weight {:?} does not fit the input {:?}", weight.dims(), x.dims());
     }
@@ -35,7 +46,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
 }
 
 struct Conv2d {
-    weight: Tensor,
+    weight: Frozen,
     bias: Vec<f32>,
     batch: usize,
     channels: usize,
@@ -54,6 +65,20 @@ impl Conv2d {
     /// Whether an image is its own unfolding.
     fn is_pointwise(&self) -> bool {
         self.geometry.kernel == 1 && self.geometry.stride == 1 && self.geometry.padding == 0
+    }
+
+    /// The same operation by Winograd's tiles, where they pay; of its adjoint if `transposed`.
+    fn winograd<'a>(&self, weight: Weight<'a>, transposed: bool) -> Option<Winograd<'a>> {
+        let g = &self.geometry;
+        if g.kernel != 3 || g.stride != 1 || g.padding > 2 {
+            return None;
+        }
+        let (height, width, padding) =
+            if transposed { (g.out_height, g.out_width, 2 - g.padding) } else { (g.height, g.width, g.padding) };
+        let (channels, outputs) =
+            if transposed { (self.outputs, self.channels) } else { (self.channels, self.outputs) };
+        let op = Winograd { weight, transposed, batch: self.batch, channels, outputs, height, width, padding };
+        winograd::pays(channels, outputs, self.batch, op.out_height(), op.out_width()).then_some(op)
     }
 
     /// Multiplications of the whole operation.
@@ -191,9 +216,13 @@ impl CustomOp1 for Conv2d {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(storage, layout, self.name())?;
         let g = &self.geometry;
-        let y = with_weight(&self.weight, |weight| {
+        let len = self.batch * self.outputs * g.positions();
+        let y = self.weight.with(|weight| {
+            if let Some(winograd) = self.winograd(weight, false) {
+                return Ok(filled(len, |y| winograd.run(x, &self.bias, y)));
+            }
             Ok(weight.with_all(|weight| {
-                filled(self.batch * self.outputs * g.positions(), |y| {
+                filled(len, |y| {
                     if y.is_empty() {
                         return;
                     }
@@ -211,7 +240,10 @@ impl CustomOp1 for Conv2d {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
         let grad = Values::of(&grad)?;
-        let dx = with_weight(&self.weight, |weight| {
+        let dx = self.weight.with(|weight| {
+            if let Some(winograd) = self.winograd(weight, true) {
+                return Ok(filled(x.elem_count(), |dx| winograd.run(&grad, &vec![0.0; self.channels], dx)));
+            }
             Ok(weight.with_all(|weight| {
                 filled(x.elem_count(), |dx| {
                     if !dx.is_empty() && !grad.is_empty() {

@@ -4,21 +4,22 @@ use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tenso
 
 use super::cpu::{
     Matrix, MatrixMut, Shared, Threads, Values, Weight, applies, filled, matmul, parallel, small_weight, values,
-    with_weight,
 };
+use super::frozen::Frozen;
 use super::reference;
 
 /// x W^T + bias. `x` [..., n], `weight` [m, n], `bias` `[m]` -> [..., m].
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: impl Into<Frozen>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let weight = weight.into();
     if !applies(x) {
-        return reference::linear(x, weight, bias);
+        return reference::linear(x, &weight.tensor(x.device())?, bias);
     }
     x.contiguous()?.apply_op1(Linear(FrozenLinear::new(x, weight, bias)?))
 }
 
 /// The frozen part of a Linear, checked against its input.
 pub(super) struct FrozenLinear {
-    weight: Tensor,
+    weight: Frozen,
     bias: Option<Vec<f32>>,
     /// Rows and columns of the weight.
     pub(super) outputs: usize,
@@ -29,8 +30,8 @@ pub(super) struct FrozenLinear {
 const TILE: usize = 1 << 16;
 
 impl FrozenLinear {
-    pub(super) fn new(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2()?;
+    pub(super) fn new(x: &Tensor, weight: Frozen, bias: Option<&Tensor>) -> Result<Self> {
+        let &[outputs, inputs] = weight.dims() else { bail!("linear: the weight {:?} is no matrix", weight.dims()) };
         if x.dim(D::Minus1)? != inputs {
             bail!("linear: the weight {:?} does not fit the input {:?}", weight.dims(), x.dims());
         }
@@ -54,7 +55,7 @@ impl FrozenLinear {
         let (m, n) = (self.outputs, self.inputs);
         let tokens = x.len().checked_div(n).unwrap_or(0);
         let x = Matrix::new(x, tokens, n);
-        with_weight(&self.weight, |weight| {
+        self.weight.with(|weight| {
             Ok(filled(tokens * m, |y| {
                 if let Some(bias) = &self.bias {
                     y.chunks_exact_mut(m.max(1)).for_each(|row| row.copy_from_slice(bias));
@@ -88,7 +89,7 @@ impl FrozenLinear {
     pub(super) fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
         let (m, n) = (self.outputs, self.inputs);
         let tokens = grad.len().checked_div(m).unwrap_or(0);
-        with_weight(&self.weight, |weight| {
+        self.weight.with(|weight| {
             Ok(filled(tokens * n, |dx| {
                 if let Weight::F32(weight) = weight {
                     let (grad, weight) = (Matrix::new(grad, tokens, m), Matrix::new(weight, m, n));

@@ -6,30 +6,33 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Matrix, MatrixMut, Shared, Threads, Values, applies, filled, matmul, scratch, values};
+use super::frozen::Frozen;
 use super::linear::FrozenLinear;
 use super::reference::{self, LoraBranch};
 
 /// [`linear`](super::linear()) plus a training adapter: `a` [r, n], `b` [rows, r]. `x` is [batch, tokens, n].
 pub fn linear_lora(
     x: &Tensor,
-    weight: &Tensor,
+    weight: impl Into<Frozen>,
     bias: Option<&Tensor>,
     a: &Tensor,
     b: &Tensor,
     branch: &LoraBranch,
 ) -> Result<Tensor> {
+    let weight = weight.into();
     if !applies(x) {
-        return reference::linear_lora(x, weight, bias, a, b, branch);
+        return reference::linear_lora(x, &weight.tensor(x.device())?, bias, a, b, branch);
     }
     let frozen = FrozenLinear::new(x, weight, bias)?;
     let (batch, tokens, _) = x.dims3()?;
     let (rank, owned) = (a.dim(0)?, branch.rows.len());
     if a.dims() != [rank, frozen.inputs] || b.dims() != [owned, rank] {
         bail!(
-            "linear with LoRA: a {:?} and b {:?} do not fit the weight {:?} and {owned} owned rows",
+            "linear with LoRA: a {:?} and b {:?} do not fit the weight [{}, {}] and {owned} owned rows",
             a.dims(),
             b.dims(),
-            weight.dims()
+            frozen.outputs,
+            frozen.inputs
         );
     }
     if let Some(row) = branch.rows.iter().find(|&&row| row as usize >= frozen.outputs) {

@@ -5,21 +5,27 @@
 //! devices without an own kernel run.
 
 mod attention;
+mod attention_backward;
 mod conv2d;
 mod cpu;
 mod elementwise;
+mod frozen;
 mod geglu;
 mod linear;
 mod linear_lora;
 mod norm;
 pub mod reference;
 mod simd;
+mod tile;
 mod unfold;
 mod upsample;
+mod vector;
+mod winograd;
 
 pub use attention::attention;
 pub use conv2d::conv2d;
 pub use elementwise::{gelu, quick_gelu, silu};
+pub use frozen::Frozen;
 pub use geglu::geglu;
 pub use linear::linear;
 pub use linear_lora::linear_lora;

@@ -36,11 +36,19 @@ macro_rules! dispatch {
 pub(super) use dispatch;
 
 /// What this CPU can run.
-#[cfg(target_arch = "x86_64")]
 pub(super) enum Level {
+    #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     Baseline,
+}
+
+/// The best of [`Level`] on this CPU: what the target always has.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+pub(super) fn level() -> Level {
+    Level::Baseline
 }
 
 /// The best of [`Level`] on this CPU; std caches the answer.
@@ -152,12 +160,6 @@ pub(super) fn sum_of_pairs(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32)
         *lane += term(a, b);
     }
     sum_lanes(lanes)
-}
-
-/// The sum of term(x[i]), in the same order.
-#[inline(always)]
-pub(super) fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
-    sum_of_pairs(x, x, |x, _| term(x))
 }
 
 #[cfg(test)]
