@@ -7,7 +7,7 @@ mod support;
 use std::sync::Arc;
 
 use blocklora_engine::model::Model;
-use blocklora_engine::nn::{Forward, TrainingAdapter};
+use blocklora_engine::nn::{Conditioning, Forward, TrainingAdapter};
 use blocklora_engine::ops::LoraBranch;
 use blocklora_engine::text::{self, ConceptSlots, Prompt, TokenisedPrompt};
 use candle_core::{DType, Device, Tensor, Var};
@@ -77,8 +77,8 @@ impl Setup {
         Self { model, parameters, branches, prompts, _dir: dir }
     }
 
-    /// The UNet's output under the parameters.
-    fn output(&self) -> Tensor {
+    /// What the UNet reads under the parameters.
+    fn adapters_and_context(&self) -> (Vec<Option<TrainingAdapter>>, Conditioning) {
         let mut adapters = vec![None; self.model.layers().len()];
         for (i, (id, branch)) in self.branches.iter().enumerate() {
             let [a, b] = [2 * i, 2 * i + 1].map(|i| self.parameters[i].var.as_tensor().clone());
@@ -88,7 +88,30 @@ impl Setup {
         let tokens = &self.parameters[2 * self.branches.len()..];
         let vectors: Vec<Tensor> = tokens.iter().map(|token| token.var.as_tensor().clone()).collect();
         let context = text::encode_with(&self.model, &self.prompts, &vectors, &with).unwrap();
+        (adapters, context)
+    }
+
+    /// The UNet's output under the parameters.
+    fn output(&self) -> Tensor {
+        let (adapters, context) = self.adapters_and_context();
+        let with = Forward { adapters: &adapters, recorder: None };
         self.model.unet().forward(&tensor("latents", &LATENTS), &TIMESTEPS, &context, &with).unwrap()
+    }
+
+    /// The same loss and gradients a stretch of the UNet at a time.
+    fn gradients_by_stretch(&self, checkpointing: bool) -> (f32, Vec<Tensor>) {
+        let (adapters, context) = self.adapters_and_context();
+        let with = Forward { adapters: &adapters, recorder: None };
+        let loss = |output: &Tensor| Ok((output - tensor("target", &LATENTS))?.sqr()?.mean_all()?);
+        let unet = self.model.unet();
+        let (loss, mut found) = unet
+            .loss_and_gradients(&tensor("latents", &LATENTS), &TIMESTEPS, &context, &with, &loss, checkpointing)
+            .unwrap();
+        found.follow(&context, self.parameters.iter().map(|parameter| parameter.var.as_tensor())).unwrap();
+        let gradient = |parameter: &Parameter| {
+            found.get(&parameter.var).unwrap_or_else(|| panic!("{} has no gradient", parameter.name)).clone()
+        };
+        (loss, self.parameters.iter().map(gradient).collect())
     }
 
     /// Gradients of the mean squared error against the target, one for each parameter.
@@ -149,6 +172,21 @@ fn gradients_equal_pytorch() {
     }
     assert_eq!(factors.next(), None);
     println!("{} parameters, largest relative error {:e} at {}", setup.parameters.len(), worst.0, worst.1);
+}
+
+#[test]
+fn checkpointing_changes_no_bit_of_a_gradient() {
+    let setup = Setup::new();
+    let (loss, whole) = setup.gradients();
+    let (kept_loss, kept) = setup.gradients_by_stretch(false);
+    let (again_loss, again) = setup.gradients_by_stretch(true);
+    assert_eq!((loss.to_bits(), kept_loss.to_bits()), (kept_loss.to_bits(), again_loss.to_bits()));
+    for (((parameter, whole), kept), again) in setup.parameters.iter().zip(&whole).zip(&kept).zip(&again) {
+        let bits = |x: &Tensor| flat(x).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(kept), bits(again), "{}", parameter.name);
+        let error = relative_error(&flat(kept), &flat(whole));
+        assert!(error <= 1e-5, "{}: {error} from the gradient of the whole graph", parameter.name);
+    }
 }
 
 #[test]

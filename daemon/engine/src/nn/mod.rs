@@ -1,5 +1,6 @@
 //! The model's modules, written to read like diffusers' and transformers' and named by their paths.
 
+mod checkpoint;
 mod clip;
 mod conditioning;
 mod layers;
@@ -10,6 +11,7 @@ mod transformer;
 mod unet;
 mod vae;
 
+pub use checkpoint::Gradients;
 pub use clip::ClipTextEncoder;
 pub use conditioning::Conditioning;
 pub use layers::{Conv2d, GroupNorm, LayerNorm};

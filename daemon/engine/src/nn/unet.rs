@@ -33,6 +33,30 @@ struct UpBlock {
     upsampler: Option<Conv2d>,
 }
 
+/// A stretch of the forward pass; the numbers are those of block and resnet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Segment {
+    In,
+    Down(usize, usize),
+    Downsample(usize),
+    Middle,
+    Up(usize, usize),
+    Upsample(usize),
+    Out,
+}
+
+impl Segment {
+    /// Whether its output is kept for the way up.
+    pub(super) fn gives_skip(self) -> bool {
+        matches!(self, Self::In | Self::Down(..) | Self::Downsample(_))
+    }
+
+    /// Whether it reads the last output kept.
+    pub(super) fn takes_skip(self) -> bool {
+        matches!(self, Self::Up(..))
+    }
+}
+
 /// The denoising network.
 #[derive(Clone, Debug)]
 pub struct UNet {
@@ -176,6 +200,88 @@ impl UNet {
         context: &Conditioning,
         with: &Forward,
     ) -> Result<Tensor> {
+        let temb = self.check_and_embed(latents, timesteps, context)?;
+        let mut h = latents.clone();
+        let mut skips: Vec<Tensor> = Vec::new();
+        for segment in self.segments() {
+            let skip = if segment.takes_skip() { skips.pop() } else { None };
+            let size = skips.last().map(|skip| skip.dims()).and_then(|dims| Some((*dims.get(2)?, *dims.get(3)?)));
+            h = self.run(segment, &h, skip.as_ref(), size, &temb, context, with)?;
+            if segment.gives_skip() {
+                skips.push(h.clone());
+            }
+        }
+        Ok(h)
+    }
+
+    /// The forward pass in order: each stretch reads the one before it, and some a skip connection.
+    pub(super) fn segments(&self) -> Vec<Segment> {
+        let mut segments = vec![Segment::In];
+        for (i, block) in self.down_blocks.iter().enumerate() {
+            segments.extend((0..block.resnets.len()).map(|j| Segment::Down(i, j)));
+            segments.extend(block.downsampler.as_ref().map(|_| Segment::Downsample(i)));
+        }
+        segments.push(Segment::Middle);
+        for (i, block) in self.up_blocks.iter().enumerate() {
+            segments.extend((0..block.resnets.len()).map(|j| Segment::Up(i, j)));
+            segments.extend(block.upsampler.as_ref().map(|_| Segment::Upsample(i)));
+        }
+        segments.push(Segment::Out);
+        segments
+    }
+
+    /// One stretch. `skip` is the skip connection that it takes, `size` height and width of the next one.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn run(
+        &self,
+        segment: Segment,
+        h: &Tensor,
+        skip: Option<&Tensor>,
+        size: Option<(usize, usize)>,
+        temb: &Tensor,
+        context: &Conditioning,
+        with: &Forward,
+    ) -> Result<Tensor> {
+        let temb = Some(temb);
+        let attend = |attention: Option<&Transformer2DModel>, h: Tensor| match attention {
+            Some(attention) => attention.forward(&h, context, with),
+            None => Ok(h),
+        };
+        Ok(match segment {
+            Segment::In => self.conv_in.forward(h)?,
+            Segment::Down(i, j) => {
+                let block = &self.down_blocks[i];
+                attend(block.attentions.get(j), block.resnets[j].forward(h, temb)?)?
+            }
+            Segment::Downsample(i) => match &self.down_blocks[i].downsampler {
+                Some(conv) => conv.forward(h)?,
+                None => h.clone(),
+            },
+            Segment::Middle => {
+                let block = &self.mid_block;
+                let h = attend(block.attentions.first(), block.resnets[0].forward(h, temb)?)?;
+                block.resnets[1].forward(&h, temb)?
+            }
+            Segment::Up(i, j) => {
+                let block = &self.up_blocks[i];
+                let skip = skip.ok_or_else(|| self.config.mismatch("up_block_types"))?;
+                attend(block.attentions.get(j), block.resnets[j].forward(&Tensor::cat(&[h, skip], 1)?, temb)?)?
+            }
+            Segment::Upsample(i) => match &self.up_blocks[i].upsampler {
+                Some(conv) => upsample(conv, h, size)?,
+                None => h.clone(),
+            },
+            Segment::Out => self.conv_out.forward(&self.conv_norm_out.forward_silu(h)?)?,
+        })
+    }
+
+    /// Checks that one timestep and one prompt is there for each of `latents`, and embeds the timesteps.
+    pub(super) fn check_and_embed(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Conditioning,
+    ) -> Result<Tensor> {
         let batch = latents.dims4()?.0;
         self.check_batch("timesteps", timesteps.len(), batch)?;
         self.check_batch("conditioning", context.batch()?, batch)?;
@@ -186,46 +292,7 @@ impl UNet {
                 format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
             return Err(Error::option("layer-wise conditioning", encodings.len(), reason));
         }
-        let temb = self.time_embedding(timesteps, latents.device())?;
-        let temb = Some(&temb);
-
-        let mut h = self.conv_in.forward(latents)?;
-        let mut skips = vec![h.clone()];
-        for block in &self.down_blocks {
-            for (i, resnet) in block.resnets.iter().enumerate() {
-                h = resnet.forward(&h, temb)?;
-                if let Some(attention) = block.attentions.get(i) {
-                    h = attention.forward(&h, context, with)?;
-                }
-                skips.push(h.clone());
-            }
-            if let Some(downsampler) = &block.downsampler {
-                h = downsampler.forward(&h)?;
-                skips.push(h.clone());
-            }
-        }
-
-        h = self.mid_block.resnets[0].forward(&h, temb)?;
-        h = self.mid_block.attentions[0].forward(&h, context, with)?;
-        h = self.mid_block.resnets[1].forward(&h, temb)?;
-
-        for block in &self.up_blocks {
-            for (i, resnet) in block.resnets.iter().enumerate() {
-                let skip = skips.pop().ok_or_else(|| self.config.mismatch("up_block_types"))?;
-                h = resnet.forward(&Tensor::cat(&[&h, &skip], 1)?, temb)?;
-                if let Some(attention) = block.attentions.get(i) {
-                    h = attention.forward(&h, context, with)?;
-                }
-            }
-            if let Some(upsampler) = &block.upsampler {
-                let size = match skips.last() {
-                    Some(skip) => Some((skip.dim(2)?, skip.dim(3)?)),
-                    None => None,
-                };
-                h = upsample(upsampler, &h, size)?;
-            }
-        }
-        Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&h)?)?)
+        self.time_embedding(timesteps, latents.device())
     }
 
     /// `Timesteps` and `TimestepEmbedding`: sinusoids of `timesteps`, then two Linears -> [B, 4 * first width].

@@ -48,6 +48,8 @@ pub struct EngineHost<'a> {
     checkpoint: Option<(Checkpoint, usize)>,
     resume: bool,
     progress: &'a mut dyn FnMut(Progress) -> Result<()>,
+    /// Whether the UNet's activations are computed again rather than kept.
+    checkpointing: bool,
     /// VAE posteriors (mean, log variance) of pictures that fill the canvas whole.
     posteriors: HashMap<usize, (Tensor, Tensor)>,
 }
@@ -67,6 +69,9 @@ impl<'a> EngineHost<'a> {
         let (channels, height, width) = model.latent_shape();
         let latent_shape = [channels, height, width];
         let canvas = height * model.vae().downscale();
+        // A small model's activations fit anywhere; the gradients are the same either way.
+        const LARGE: usize = 1 << 18;
+        let checkpointing = height * width * model.unet().config().block_out_channels[0] > LARGE;
         Self {
             model,
             concept,
@@ -79,6 +84,7 @@ impl<'a> EngineHost<'a> {
             checkpoint,
             resume,
             progress,
+            checkpointing,
             posteriors: HashMap::new(),
         }
     }
@@ -86,6 +92,13 @@ impl<'a> EngineHost<'a> {
     /// The same with a sampler for trainers that ask for pictures.
     pub fn with_sampler(mut self, sampler: Option<PriorSampler>) -> Self {
         self.sampler = sampler;
+        self
+    }
+
+    /// Sets whether the UNet's activations are computed again when gradients need them, which takes a third more time
+    /// and a fraction of the memory. By default they are for models of the size of Stable Diffusion.
+    pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
+        self.checkpointing = checkpointing;
         self
     }
 
@@ -268,19 +281,23 @@ impl TrainHost for EngineHost<'_> {
         let vectors: Vec<Tensor> = variables.tokens.iter().map(|t| t.as_tensor().clone()).collect();
         let with = Forward { adapters: &variables.adapters, recorder: None };
         let context = text::encode_with(self.model, &prompts, &vectors, &with)?;
-        let predicted = self.model.unet().forward(&Tensor::cat(&noised, 0)?, &timesteps, &context, &with)?;
-        let error = (predicted - Tensor::cat(&targets, 0)?)?.sqr()?;
-        let loss = (error.broadcast_mul(&Tensor::cat(&weights, 0)?)?.sum_all()? / batch.len() as f64)?;
-
-        let store = loss.backward()?;
+        let (targets, weights) = (Tensor::cat(&targets, 0)?, Tensor::cat(&weights, 0)?);
+        let loss_of = |predicted: &Tensor| {
+            let error = (predicted - &targets)?.sqr()?;
+            Ok((error.broadcast_mul(&weights)?.sum_all()? / batch.len() as f64)?)
+        };
+        let noised = Tensor::cat(&noised, 0)?;
+        let (loss, mut found) =
+            self.model.unet().loss_and_gradients(&noised, &timesteps, &context, &with, &loss_of, self.checkpointing)?;
+        found.follow(&context, variables.all().map(Var::as_tensor))?;
         gradients.clone_from(parameters);
         for (out, variable) in gradients.tensors_mut().zip(variables.all()) {
-            match store.get(variable) {
+            match found.get(variable) {
                 Some(gradient) => *out = gradient.flatten_all()?.to_vec1()?,
                 None => out.fill(0.0),
             }
         }
-        Ok(loss.to_scalar()?)
+        Ok(loss)
     }
 
     fn check_prompt(&self, prompt: &str, tokens: usize) -> Result<()> {
