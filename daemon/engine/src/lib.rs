@@ -3,6 +3,7 @@
 
 pub mod bake;
 pub mod bench;
+pub mod device;
 mod error;
 pub mod generate;
 pub mod image;

@@ -61,6 +61,22 @@ impl Marked {
     pub fn first(&self) -> usize {
         self.first
     }
+    /// Marks all rows between the lowest and the highest, too.
+    pub fn fill(&mut self) {
+        self.flags[self.first..=self.last].fill(true);
+        self.count = self.last + 1 - self.first;
+    }
+    /// Runs of neighbouring rows: the first of each, and how many.
+    pub fn runs(&self) -> Vec<(usize, usize)> {
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for row in self.rows().map(|row| row as usize) {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == row => *count += 1,
+                _ => runs.push((row, 1)),
+            }
+        }
+        runs
+    }
     fn rows(&self) -> impl Iterator<Item = u32> {
         (self.first..=self.last).filter(|&row| self.flags[row]).map(|row| row as u32)
     }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -16,9 +16,19 @@ use crate::error::{Error, Result};
 const TILE_BYTES: usize = 1 << 20;
 
 /// Writes layer `index` as `composition` has it, all rows; returns how many.
-pub(super) fn rewrite_dense(target: &Target, index: usize, composition: &Composition) -> Result<usize> {
+///
+/// With `staged` it is computed in main memory and copied from there.
+pub(super) fn rewrite_dense(target: &Target, index: usize, composition: &Composition, staged: bool) -> Result<usize> {
     let rewrite = DenseRewrite { target, index, composition, failure: Mutex::new(None) };
-    let written = target.live.inplace_op1(&rewrite);
+    let written = match staged {
+        true => {
+            let stage = Tensor::zeros(target.live.shape(), target.live.dtype(), &Device::Cpu)?;
+            stage
+                .inplace_op1(&rewrite)
+                .and_then(|()| target.live.slice_set(&stage.to_device(target.live.device())?, 0, 0))
+        }
+        false => target.live.inplace_op1(&rewrite),
+    };
     if let Some(error) = rewrite.failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
         return Err(error);
     }

@@ -331,6 +331,16 @@ pub(super) fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
+/// Asks for the cache line at the start of `values` to be brought near.
+pub(super) fn prefetch_line<T>(values: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    if !values.is_empty() {
+        kernel_x86::prefetch_line(values.as_ptr().cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
+}
+
 /// Writes a tile; returns the largest magnitude in it before rounding, as bits.
 fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>) -> u32 {
     match isa {

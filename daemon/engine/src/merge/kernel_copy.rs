@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, InplaceOp1, Layout};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
 use rayon::prelude::*;
 
 use super::merger::Target;
@@ -15,6 +15,16 @@ use crate::error::Result;
 /// that a merge of those rows can hope for.
 pub(crate) fn copy_rows(target: &Target, rows: usize) -> Result<()> {
     let bytes = rows * target.info.columns * target.pristine.dtype().size_in_bytes();
+    if !target.live.device().is_cpu() {
+        let (shape, pristine) = ((rows, target.info.columns), &target.pristine);
+        let rows = Tensor::from_raw_buffer(
+            &pristine.bytes()[..bytes],
+            pristine.dtype(),
+            &[shape.0, shape.1],
+            target.live.device(),
+        )?;
+        return Ok(target.live.slice_set(&rows, 0, 0)?);
+    }
     Ok(target.live.inplace_op1(&OnBytes {
         pristine: &target.pristine.bytes()[..bytes],
         copies: true,
@@ -25,7 +35,7 @@ pub(crate) fn copy_rows(target: &Target, rows: usize) -> Result<()> {
 /// Whether the live weight, which must be of the stored type, has the file's bits.
 pub(crate) fn is_pristine(target: &Target) -> Result<bool> {
     let compare = OnBytes { pristine: target.pristine.bytes(), copies: false, same: AtomicBool::new(true) };
-    target.live.inplace_op1(&compare)?;
+    target.live.to_device(&Device::Cpu)?.inplace_op1(&compare)?;
     Ok(compare.same.into_inner())
 }
 

@@ -170,6 +170,12 @@ pub(super) fn prefetch(bytes: &[u8]) {
     }
 }
 
+/// Asks for the line at `address`.
+pub(super) fn prefetch_line(address: *const i8) {
+    // SAFETY: as above.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+}
+
 /// A tile in AVX2.
 ///
 /// # Safety

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -52,6 +52,8 @@ pub struct Merger {
     index_of: BTreeMap<String, usize>,
     current: Composition,
     isa: Isa,
+    /// Rows are computed aside and copied to the live weight, also where that is in main memory.
+    staged: bool,
 }
 
 impl Merger {
@@ -79,8 +81,6 @@ impl Merger {
                 ))
             } else if pristine.bytes().len() != values * pristine.dtype().size_in_bytes() {
                 Some(format!("{} bytes for {values} values", pristine.bytes().len()))
-            } else if !live.device().is_cpu() {
-                Some("the live weight is not in main memory; merging has a kernel for the CPU only".into())
             } else if !live.is_contiguous() {
                 Some("the live weight is not contiguous".into())
             } else if !storages.insert(std::ptr::from_ref(&*live.storage_and_layout().0).addr()) {
@@ -95,7 +95,7 @@ impl Merger {
             }
         }
         let infos: Vec<LayerInfo> = targets.iter().map(|target| target.info.clone()).collect();
-        Ok(Self { targets, infos, index_of, current: Composition::default(), isa: Isa::detect() })
+        Ok(Self { targets, infos, index_of, current: Composition::default(), isa: Isa::detect(), staged: false })
     }
 
     /// The same with the kernel of `isa`, which must be one of [`Isa::available`]; others are ignored.
@@ -103,6 +103,13 @@ impl Merger {
         if Isa::available().contains(&isa) {
             self.isa = isa;
         }
+        self
+    }
+
+    /// The same, writing as it does to live weights on a card: rows are computed in main memory by the same kernel,
+    /// so that they have the same bits, and then copied.
+    pub fn with_staging(mut self) -> Self {
+        self.staged = true;
         self
     }
 
@@ -166,6 +173,7 @@ impl Merger {
             })
             .collect::<Result<Vec<_>>>()?;
         placed.retain(|adapter| adapter.weight != 0.0);
+        placed.iter().for_each(Placed::prefetch);
         placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
         if let Some(pair) = placed.windows(2).find(|pair| pair[0].factors.digest() == pair[1].factors.digest()) {
             return Err(Error::Incompatible {
@@ -194,9 +202,10 @@ impl Merger {
             .enumerate()
             .map(|(index, target)| -> Result<usize> {
                 let Some(changed) = new.changed_rows(old, &same, index, target.info.rows) else { return Ok(0) };
+                let staged = self.staged || !target.live.device().is_cpu();
                 let rows = match new.is_dense(index) {
-                    true => rewrite_dense(target, index, new)?,
-                    false => rewrite_rows(self.isa, target, index, new, &changed)?,
+                    true => rewrite_dense(target, index, new, staged)?,
+                    false => rewrite_rows(self.isa, target, index, new, changed, staged)?,
                 };
                 let row_bytes = target.info.columns * target.live.dtype().size_in_bytes();
                 rows_written.fetch_add(rows as u64, Ordering::Relaxed);
@@ -214,7 +223,23 @@ impl Merger {
 }
 
 /// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many.
-fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Composition, marked: &Marked) -> Result<usize> {
+///
+/// With `staged` they are written to a matrix in main memory first, and copied from there run by run; where there are
+/// many runs, all rows between the first and the last, which have the same values as before.
+fn rewrite_rows(
+    isa: Isa,
+    target: &Target,
+    index: usize,
+    composition: &Composition,
+    mut marked: Marked,
+    staged: bool,
+) -> Result<usize> {
+    /// Copies of their own.
+    const RUNS_MAX: usize = 8;
+    if staged && marked.runs().len() > RUNS_MAX {
+        marked.fill();
+    }
+    let marked = &marked;
     let row_bytes = target.info.columns * target.pristine.dtype().size_in_bytes();
     prefetch(&target.pristine.bytes()[marked.first() * row_bytes..]);
     let terms = composition.row_terms(index, marked);
@@ -234,7 +259,17 @@ fn rewrite_rows(isa: Isa, target: &Target, index: usize, composition: &Compositi
         factors,
         not_finite: AtomicU32::new(u32::MAX),
     };
-    target.live.inplace_op1(&rewrite)?;
+    let stage = match staged {
+        true => Some(Tensor::zeros(target.live.shape(), target.live.dtype(), &Device::Cpu)?),
+        false => None,
+    };
+    stage.as_ref().unwrap_or(&target.live).inplace_op1(&rewrite)?;
+    if let Some(stage) = stage {
+        for (first, count) in marked.runs() {
+            let rows = stage.narrow(0, first, count)?.contiguous()?.to_device(target.live.device())?;
+            target.live.slice_set(&rows, 0, first)?;
+        }
+    }
     match rewrite.not_finite.into_inner() {
         u32::MAX => Ok(terms.rows.len()),
         row => Err(not_finite(target, index, composition, row)),
