@@ -3,7 +3,7 @@
 //! `cargo run --release --example bench_merge -- [f32|f16|bf16] [threads] [repeats] [adapters] [rank] [capacity]`
 
 use blocklora_engine::{Result, bench};
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -17,8 +17,16 @@ fn main() -> Result<()> {
         _ => DType::F32,
     };
     let capacity = number(5, 16) as u32;
-    let figures =
-        bench::merge(bench::Shape::Sd15, number(3, 15), number(4, 4), capacity, precision, number(1, 2), number(2, 9))?;
+    let figures = bench::merge(
+        bench::Shape::Sd15,
+        number(3, 15),
+        number(4, 4),
+        capacity,
+        precision,
+        &Device::Cpu,
+        number(1, 2),
+        number(2, 9),
+    )?;
     println!(
         "{}",
         serde_json::to_string_pretty(&figures).map_err(|e| blocklora_engine::Error::option(

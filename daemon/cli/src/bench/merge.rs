@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 
 use blocklora_engine::bench::{self, Shape};
+use blocklora_engine::device::{self, Wanted};
 
 use crate::args::Precision;
 use crate::output;
@@ -28,6 +29,9 @@ pub struct Args {
     /// Storage type of the weights
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
+    /// Where the live weights are: cpu, or cuda or cuda:NUMBER in a program built with CUDA
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: Wanted,
     /// How often to measure
     #[arg(long, value_name = "N", default_value_t = 9)]
     repeats: usize,
@@ -40,7 +44,10 @@ pub struct Args {
 pub fn run(args: &Args, threads: Option<NonZeroUsize>) -> anyhow::Result<()> {
     let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let precision = args.precision.into();
-    let figures = bench::merge(args.shape, args.adapters, args.rank, args.capacity, precision, threads, args.repeats)?;
+    let figures = {
+        let device = device::choose(args.device)?.device;
+        bench::merge(args.shape, args.adapters, args.rank, args.capacity, precision, &device, threads, args.repeats)?
+    };
     if args.json {
         return output::print_json(&figures);
     }

@@ -65,14 +65,16 @@ pub struct BenchMerge {
     pub peak_over_model: Option<f64>,
 }
 
-/// Merges `adapters` adapters of `rank` on random weights of `shape` in a mapped temporary file, in turns with a copy
-/// of the same bytes, on `threads` threads.
+/// Merges `adapters` adapters of `rank` on random weights of `shape` in a mapped temporary file, live on `device`, in
+/// turns with a copy of the same bytes, on `threads` threads.
+#[allow(clippy::too_many_arguments)]
 pub fn merge(
     shape: Shape,
     adapters: usize,
     rank: usize,
     capacity: u32,
     precision: DType,
+    device: &Device,
     threads: usize,
     repeats: usize,
 ) -> Result<BenchMerge> {
@@ -104,7 +106,7 @@ pub fn merge(
         .iter()
         .map(|info| {
             let pristine = file.view(&info.name)?;
-            Ok(Target { info: info.clone(), live: pristine.load(precision, &Device::Cpu)?, pristine })
+            Ok(Target { info: info.clone(), live: pristine.load(precision, device)?, pristine })
         })
         .collect::<Result<Vec<_>>>()?;
     // Adapter 0 has a second version, to be swapped in.
@@ -125,6 +127,7 @@ pub fn merge(
         for repeat in 0..=repeats {
             let start = Instant::now();
             targets.par_iter().zip(&written).try_for_each(|(target, &rows)| copy_rows(target, rows))?;
+            device.synchronize()?;
             let copy = start.elapsed().as_secs_f64();
             let before = if repeat == 0 { memory::reset_peak().and_then(|()| memory::resident()) } else { None };
             let merge = merger.apply(&all, &strategy)?;

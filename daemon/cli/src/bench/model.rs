@@ -1,0 +1,195 @@
+//! `blocklora bench unet`, `vae`, `text`: the parts of a model; `sample`: a picture; `start`: until the first step.
+
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use anyhow::Context;
+use blocklora_engine::Error;
+use blocklora_engine::bench::{self, BenchModel};
+use blocklora_engine::device::{self, Wanted};
+use blocklora_engine::generate::{GenerateRequest, generate};
+use blocklora_engine::model::Model;
+use blocklora_engine::sample::{Denoiser, Sampler};
+
+use crate::args::ModelArgs;
+use crate::{base, output};
+
+/// What to measure, and how often
+#[derive(clap::Args)]
+pub struct Args {
+    /// Samples in a batch
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: u16,
+    /// Side of the latents [default: the model's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    latents: Option<u16>,
+    /// How often to measure, after once to warm up
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10000))]
+    repeats: u16,
+    /// In a training step, compute the UNet's activations again rather than keep them
+    #[arg(long)]
+    checkpointing: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// What computes: cpu, or cuda or cuda:NUMBER in a program built with CUDA
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: Wanted,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// A part of a model.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// One prediction.
+    Unet,
+    /// Decoding.
+    Vae,
+    /// Encoding prompts.
+    Text,
+    /// Training step of rank 4.
+    RawStep,
+}
+
+fn open(args: &ModelArgs, device: Wanted) -> anyhow::Result<Model> {
+    // Without a progress bar: it would be part of what is measured.
+    let folder = base::folder(args.base.as_deref())?;
+    Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.into())?)
+}
+
+/// Measures a part.
+pub fn run(args: &Args, part: Part) -> anyhow::Result<()> {
+    let model = open(&args.model, args.device)?;
+    let (batch, size, repeats) = (usize::from(args.batch), args.latents.map(usize::from), usize::from(args.repeats));
+    let figures = match part {
+        Part::Unet => bench::unet(&model, batch, size, repeats)?,
+        Part::Vae => bench::vae(&model, batch, size, repeats)?,
+        Part::Text => bench::text(&model, batch, repeats)?,
+        Part::RawStep => bench::step(&model, batch, size, 4, args.checkpointing, repeats)?,
+    };
+    if args.json {
+        return output::print_json(&figures);
+    }
+    let BenchModel { cost, .. } = figures;
+    let peak = cost.peak_resident_bytes.unwrap_or(0) as f64 / f64::from(1 << 20);
+    output::print(&format!(
+        "{:.1} ms ({:.1} ms of processor time), {} page faults, peak memory {peak:.0} MiB\n",
+        cost.wall_ms, cost.cpu_ms, cost.page_faults
+    ))?;
+    Ok(())
+}
+
+/// Measure the time and the peak memory of a picture, or of the start alone
+#[derive(clap::Args)]
+pub struct SampleArgs {
+    /// Sampling steps
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    steps: u16,
+    /// Side of the picture in pixels [default: the model's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(8..=8192))]
+    size: Option<u16>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// What computes: cpu, or cuda or cuda:NUMBER in a program built with CUDA
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: Wanted,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// Deterministic DDIM, which notes when its first step begins.
+struct Clocked {
+    start: Instant,
+    first_step: OnceLock<f64>,
+}
+
+impl Sampler for Clocked {
+    fn id(&self) -> &'static str {
+        "bench"
+    }
+
+    fn sample(&self, denoiser: &mut dyn Denoiser, z: &mut [f32], steps: usize) -> blocklora_engine::Result<()> {
+        self.first_step.get_or_init(|| self.start.elapsed().as_secs_f64());
+        let schedule = denoiser.schedule().clone();
+        let timesteps = schedule.timesteps(steps)?;
+        let mut eps = vec![0.0; z.len()];
+        for (step, &t) in timesteps.iter().enumerate() {
+            let (alpha, sigma) = schedule.alpha_sigma(t);
+            let next =
+                timesteps.get(step + 1).map_or_else(|| schedule.final_alpha_sigma(), |&t| schedule.alpha_sigma(t));
+            denoiser.predict(z, t as f32, &mut eps)?;
+            z.iter_mut().zip(&eps).for_each(|(z, eps)| *z = next.0 * ((*z - sigma * eps) / alpha) + next.1 * eps);
+            denoiser.step_done(step, steps, z)?;
+        }
+        Ok(())
+    }
+}
+
+/// Loads the model and draws a picture under guidance; with `only_start` it stops where the first step would begin.
+pub fn sample(args: &SampleArgs, only_start: bool) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let model = open(&args.model, args.device)?;
+    let loaded = start.elapsed().as_secs_f64();
+    let (_, height, width) = model.latent_shape();
+    let own = (width * model.vae().downscale(), height * model.vae().downscale());
+    let (width, height) = args.size.map_or(own, |size| (size.into(), size.into()));
+    let sampler = Clocked { start, first_step: OnceLock::new() };
+    let mut first_step = None;
+    let request = GenerateRequest {
+        prompt: "a",
+        negative_prompt: "",
+        concepts: &[],
+        steps: if only_start { 1 } else { usize::from(args.steps) },
+        guidance_scale: 7.5,
+        sampler: &sampler,
+        seed: 0,
+        width,
+        height,
+        count: 1,
+    };
+    let mut progress = |step: blocklora_engine::generate::Step| {
+        first_step.get_or_insert(start.elapsed().as_secs_f64());
+        if only_start && step.step == 0 { Err(Error::Cancelled) } else { Ok(()) }
+    };
+    match generate(&model, &request, &mut progress) {
+        Err(Error::Cancelled) if only_start => {}
+        other => drop(other?),
+    }
+    let figures = serde_json::json!({
+        "seconds_to_loaded": loaded,
+        "seconds_to_first_step_begun": sampler.first_step.get(),
+        "seconds_to_first_step_done": first_step.context("no step was done")?,
+        "seconds": start.elapsed().as_secs_f64(),
+        "cpu_seconds": bench::cpu_time().as_secs_f64(),
+        "width": width,
+        "height": height,
+        "steps": request.steps,
+        "peak_resident_bytes": bench::peak_resident_bytes(),
+    });
+    if args.json {
+        return output::print_json(&figures);
+    }
+    output::print(&format!("{figures:#}\n"))?;
+    Ok(())
+}
+
+/// Write a folder with random weights of a known model's shapes, to measure on
+#[derive(clap::Args)]
+pub struct ModelFolderArgs {
+    /// Whose shapes: sd15
+    #[arg(long, default_value = "sd15")]
+    shape: bench::Shape,
+    /// Storage type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: crate::args::Precision,
+    /// The folder to write, which must not exist yet
+    #[arg(short, long, value_name = "DIR")]
+    output: std::path::PathBuf,
+}
+
+/// Writes the folder.
+pub fn write_folder(args: &ModelFolderArgs) -> anyhow::Result<()> {
+    Ok(bench::write_random_model(args.shape, args.precision.into(), &args.output)?)
+}

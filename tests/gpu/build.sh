@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Builds the programs with CUDA on a machine without a GPU: the compiler and the libraries come from PyPI's wheels.
+#
+#   tests/gpu/build.sh [FOLDER]
+#
+# FOLDER (default: target/cuda) gets everything: the wheels, the toolkit put together from them, and Cargo's target folder
+# with the result, target/release/blocklora. COMPUTE_CAP is the card's compute capability without its dot (default: 90,
+# an H100 or H200). Needs python3 with pip, gcc and Rust; takes about 25 minutes of processor time, most of it candle's
+# kernels. A second run goes on where the first one stopped.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=$(realpath -m "${1:-target/cuda}")
+mkdir -p "$out"
+
+wheels=(
+    nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+    nvidia-cuda-runtime==13.0.96 'nvidia-cuda-nvrtc>=13.0,<13.1' 'nvidia-cublas>=13,<14' 'nvidia-curand>=10,<11'
+)
+if [ ! -e "$out/wheels/.done" ]; then
+    python3 -m pip install --quiet --no-deps --target "$out/wheels" "${wheels[@]}"
+    touch "$out/wheels/.done"
+fi
+toolkit=$out/wheels/nvidia/cu13
+[ -d "$toolkit/bin" ] || { echo "build.sh: the wheels did not bring $toolkit/bin" >&2; exit 1; }
+chmod +x "$toolkit"/bin/* "$toolkit"/nvvm/bin/*
+
+# A CUDA folder as build scripts expect it: libraries without version numbers, and a stand-in for the driver's library,
+# which only a machine with a card has.
+home=$out/cuda
+mkdir -p "$home/lib64"
+ln -sfn "$toolkit/bin" "$home/bin"
+ln -sfn "$toolkit/include" "$home/include"
+ln -sfn "$toolkit/nvvm" "$home/nvvm"
+for library in "$toolkit"/lib/lib*.so.*; do
+    name=$(basename "$library")
+    ln -sf "$library" "$home/lib64/${name%%.so.*}.so"
+done
+for library in "$toolkit"/lib/lib*.a; do
+    ln -sf "$library" "$home/lib64/"
+done
+
+export CUDA_HOME=$home CUDA_PATH=$home NVCC=$home/bin/nvcc CUDA_COMPUTE_CAP=${COMPUTE_CAP:-90}
+export PATH=$home/bin:$PATH LIBRARY_PATH=$home/lib64 CARGO_TARGET_DIR=$out/target
+export RUSTFLAGS="-L native=$home/lib64"
+driver=$home/lib64/libcuda.so
+stub() {  # every symbol on stdin as an empty function of the driver's library
+    sed 's/.*/void &(void) {}/' | gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c -o "$driver" -
+}
+[ -e "$driver" ] || echo cuInit | stub
+build() {
+    cargo build --locked --release -p blocklora-cli --features cuda 2>&1 | tee "$out/build.log"
+}
+if ! build; then
+    # The linker has named what the stand-in lacks; with those it links.
+    missing=$(grep -o "undefined reference to .cu[A-Z][A-Za-z0-9_]*" "$out/build.log" | grep -o "cu[A-Z].*" | sort -u)
+    [ -n "$missing" ] || exit 1
+    { echo cuInit; echo "$missing"; } | sort -u | stub
+    build
+fi
+echo "built $CARGO_TARGET_DIR/release/blocklora for compute capability $CUDA_COMPUTE_CAP"
