@@ -19,6 +19,7 @@ mod terminal;
 mod concepts;
 mod crosstalk;
 mod draw;
+mod drift;
 mod judge;
 mod methods;
 mod session;

@@ -19,7 +19,7 @@ use crate::draw::{self, Job};
 use crate::judge::{Judge, Scores};
 use crate::session::{self, Session};
 use crate::table::Table;
-use crate::{base, crosstalk, methods, output, progress};
+use crate::{base, crosstalk, drift, methods, output, progress};
 
 /// Score concepts alone and merged: image alignment, text alignment, identity
 ///
@@ -59,6 +59,10 @@ pub struct Args {
     /// Print instead how strongly other concepts' rows answer to a concept's input: ||dW_j X_i|| / ||dW_i X_i||
     #[arg(long)]
     cross_talk: bool,
+    /// Print instead how far each concept's class word alone has moved toward it: its prompts with the class word in the
+    /// concept's place, drawn by the base model and with only that concept's adapter merged (the paper's figure 3)
+    #[arg(long, conflicts_with = "cross_talk")]
+    drift: bool,
     /// Weight of every merged adapter; 1 is as trained, 0 leaves only its words
     #[arg(long, value_name = "W", default_value_t = 1.0, allow_negative_numbers = true)]
     weight: f32,
@@ -169,8 +173,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.cross_talk {
         return cross_talk(args, &sets, &concepts);
     }
-    let mut rows = Vec::new();
     let judge = Judge::open(&clip, &concepts, &args.text_prefix)?;
+    if args.drift {
+        return drift(args, &sets, &concepts, &judge);
+    }
+    let mut rows = Vec::new();
     let mut prompts = 0;
     for set in &sets {
         let files = args::adapters_in(&set.folder)?;
@@ -218,6 +225,28 @@ fn cross_talk(args: &Args, sets: &[Set], concepts: &Concepts) -> anyhow::Result<
     Ok(output::print(&crosstalk::table(&rows).to_string())?)
 }
 
+/// Prints how far class words have moved in every set.
+fn drift(args: &Args, sets: &[Set], concepts: &Concepts, judge: &Judge) -> anyhow::Result<()> {
+    let mut rows = Vec::new();
+    for set in sets {
+        let mut session = Session::new(session::open_model(&args.model)?, &args::adapters_in(&set.folder)?)?;
+        let entries = entries_of(&session, concepts)?;
+        let settings = draw::Settings::new(&args.sampling, &session.model)?;
+        let strategy = methods::strategy(&MergeArgs { strategy: set.strategies[0], on_clash: Clash::Mean })?;
+        let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e, &e.class)).collect();
+        let bar = progress::bar("drawing", 2 * jobs.iter().map(Vec::len).sum::<usize>() * settings.steps);
+        bar.set_message(set.folder.display().to_string());
+        let measured =
+            drift::measure(&mut session, &entries, &jobs, (&settings, args.weight), (&strategy, judge), &bar)?;
+        bar.finish_and_clear();
+        rows.push((set.folder.display().to_string(), measured));
+    }
+    if args.json {
+        return output::print_json(&rows);
+    }
+    Ok(output::print(&drift::table(&rows).to_string())?)
+}
+
 fn bundled_set() -> anyhow::Result<Set> {
     let folder = base::starter()?.join("adapters");
     Ok(Set { folder, strategies: vec![Strategy::Blocklora, Strategy::BlockloraSum1] })
@@ -257,7 +286,7 @@ fn score_one(
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
     let merge = methods::strategy(&MergeArgs { strategy, on_clash: Clash::Mean })?;
     let merge: Arc<dyn MergeStrategy> = Arc::new(OnlyLayers::new(&args.layers, merge));
-    let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
+    let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e, &format!("<{}>", e.name))).collect();
     let pictures: usize = jobs.iter().map(Vec::len).sum();
     let bar = progress::bar("drawing", pictures * settings.steps);
     bar.set_message(format!("{} {}, {size} merged", set.folder.display(), name_of(strategy)));
@@ -320,9 +349,10 @@ fn draw_apart(
     jobs.iter().enumerate().map(&mut draw_one).collect()
 }
 
-fn jobs_of(args: &Args, entry: &Entry) -> Vec<Job> {
+/// The entry's prompts with `word` in the concept's place, each with the seeds that `args` ask for.
+fn jobs_of(args: &Args, entry: &Entry, word: &str) -> Vec<Job> {
     let count = args.prompts.map_or(entry.prompts.len(), usize::from);
-    let prompts = entry.prompts.iter().take(count).map(|p| entry.prompt(p));
+    let prompts = entry.prompts.iter().take(count).map(|p| p.replace("{c}", word));
     let seeds = |prompt: String| {
         let job = move |i: u16| Job {
             prompt: prompt.clone(),

@@ -113,6 +113,8 @@ fn driver_in(root: &Path) -> std::result::Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]

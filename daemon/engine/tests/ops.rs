@@ -417,19 +417,19 @@ fn wrong_shapes_are_errors() {
     let x = numbers(&[2, 3, 8], 1);
     let image = numbers(&[2, 8, 3, 3], 1);
     let w = |shape: &[usize]| numbers(shape, 2);
-    assert!(ops::linear(&x, &w(&[5, 7]), None).is_err());
-    assert!(ops::linear(&x, &w(&[5, 8]), Some(&w(&[4]))).is_err());
+    assert!(ops::linear(&x, w(&[5, 7]), None).is_err());
+    assert!(ops::linear(&x, w(&[5, 8]), Some(&w(&[4]))).is_err());
     let lora =
-        |a: &[usize], b: &[usize], branch: &LoraBranch| ops::linear_lora(&x, &w(&[5, 8]), None, &w(a), &w(b), branch);
+        |a: &[usize], b: &[usize], branch: &LoraBranch| ops::linear_lora(&x, w(&[5, 8]), None, &w(a), &w(b), branch);
     assert!(lora(&[2, 8], &[2, 2], &branch(vec![0, 4], None)).is_ok());
     assert!(lora(&[2, 8], &[2, 2], &branch(vec![0, 5], None)).is_err());
     assert!(lora(&[2, 7], &[2, 2], &branch(vec![0, 4], None)).is_err());
     assert!(lora(&[2, 8], &[3, 2], &branch(vec![0, 4], None)).is_err());
     assert!(lora(&[2, 8], &[2, 2], &branch(vec![0, 4], Some(w(&[3])))).is_err());
-    assert!(ops::conv2d(&image, &w(&[4, 7, 3, 3]), None, 1, 1).is_err());
-    assert!(ops::conv2d(&image, &w(&[4, 8, 3, 3]), None, 0, 1).is_err());
-    assert!(ops::conv2d(&image, &w(&[4, 8, 5, 5]), None, 1, 0).is_err());
-    assert!(ops::conv2d(&image, &w(&[4, 8, 3, 3]), Some(&w(&[3])), 1, 1).is_err());
+    assert!(ops::conv2d(&image, w(&[4, 7, 3, 3]), None, 1, 1).is_err());
+    assert!(ops::conv2d(&image, w(&[4, 8, 3, 3]), None, 0, 1).is_err());
+    assert!(ops::conv2d(&image, w(&[4, 8, 5, 5]), None, 1, 0).is_err());
+    assert!(ops::conv2d(&image, w(&[4, 8, 3, 3]), Some(&w(&[3])), 1, 1).is_err());
     assert!(ops::group_norm(&image, &w(&[8]), &w(&[8]), 3, 1e-5, false).is_err());
     assert!(ops::group_norm(&image, &w(&[7]), &w(&[8]), 2, 1e-5, false).is_err());
     assert!(ops::layer_norm(&x, &w(&[7]), &w(&[8]), 1e-5).is_err());

@@ -11,7 +11,7 @@ use blocklora_engine::generate::{GenerateRequest, generate};
 use blocklora_engine::model::Model;
 use blocklora_engine::sample::{Denoiser, Sampler};
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, Precision};
 use crate::{base, output};
 
 /// What to measure, and how often
@@ -55,7 +55,7 @@ pub enum Part {
 fn open(args: &ModelArgs, device: Wanted) -> anyhow::Result<Model> {
     // Without a progress bar: it would be part of what is measured.
     let folder = base::folder(args.base.as_deref())?;
-    Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.into())?)
+    Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.unwrap_or(Precision::F32).into())?)
 }
 
 /// Measures a part.
@@ -99,7 +99,7 @@ pub struct SampleArgs {
     model: ModelArgs,
 }
 
-/// Deterministic DDIM, which notes when its first step begins.
+/// Deterministic DDIM at evenly spaced timesteps, which notes when its first step begins.
 struct Clocked {
     start: Instant,
     first_step: OnceLock<f64>,
@@ -113,12 +113,12 @@ impl Sampler for Clocked {
     fn sample(&self, denoiser: &mut dyn Denoiser, z: &mut [f32], steps: usize) -> blocklora_engine::Result<()> {
         self.first_step.get_or_init(|| self.start.elapsed().as_secs_f64());
         let schedule = denoiser.schedule().clone();
-        let timesteps = schedule.timesteps(steps)?;
+        let stride = schedule.num_train_timesteps() / steps;
+        let timesteps: Vec<usize> = (0..steps).rev().map(|i| i * stride).collect();
         let mut eps = vec![0.0; z.len()];
         for (step, &t) in timesteps.iter().enumerate() {
             let (alpha, sigma) = schedule.alpha_sigma(t);
-            let next =
-                timesteps.get(step + 1).map_or_else(|| schedule.final_alpha_sigma(), |&t| schedule.alpha_sigma(t));
+            let next = timesteps.get(step + 1).map_or((1.0, 0.0), |&t| schedule.alpha_sigma(t));
             denoiser.predict(z, t as f32, &mut eps)?;
             z.iter_mut().zip(&eps).for_each(|(z, eps)| *z = next.0 * ((*z - sigma * eps) / alpha) + next.1 * eps);
             denoiser.step_done(step, steps, z)?;
@@ -183,13 +183,20 @@ pub struct ModelFolderArgs {
     shape: bench::Shape,
     /// Storage type of the weights
     #[arg(long, value_enum, default_value = "f32")]
-    precision: crate::args::Precision,
+    precision: Precision,
     /// The folder to write, which must not exist yet
     #[arg(short, long, value_name = "DIR")]
     output: std::path::PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Writes the folder.
 pub fn write_folder(args: &ModelFolderArgs) -> anyhow::Result<()> {
-    Ok(bench::write_random_model(args.shape, args.precision.into(), &args.output)?)
+    bench::write_random_model(args.shape, args.precision.into(), &args.output)?;
+    if args.json {
+        return output::print_json(&serde_json::json!({ "folder": args.output }));
+    }
+    Ok(output::print(&format!("{}: a model with random weights\n", args.output.display()))?)
 }
