@@ -97,7 +97,7 @@ pub struct SamplingArgs {
     /// How closely to follow the prompt; 1 is no guidance
     #[arg(long, value_name = "SCALE", default_value_t = 7.5, allow_negative_numbers = true)]
     pub guidance: f32,
-    /// ddim, dpmpp-2m, dpmpp-2m-karras or euler-a
+    /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list`
     #[arg(long, value_name = "NAME", default_value = "dpmpp-2m")]
     pub sampler: String,
     /// Size in pixels: one number, or WIDTHxHEIGHT [default: the model's own]

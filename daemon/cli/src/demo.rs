@@ -4,19 +4,21 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
+use blocklora_client::{Entry as Adapter, Generate, Merge, Merged};
 use blocklora_engine::image::{ContactSheet, Picture};
 use blocklora_engine::score::PAPER_PREFIX;
-use blocklora_spec::Kind;
+use blocklora_spec::{Kind, Manifest};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
-use crate::args::{self, MergeArgs, ModelArgs, SamplingArgs};
+use crate::args::{self, ModelArgs, SamplingArgs, SetArgs, WeightedFile};
 use crate::concepts::{Concepts, Entry};
-use crate::draw::{self, Job};
+use crate::daemon::{self, ChosenModel, Daemon, State, choose_model, watch};
 use crate::judge::{Judge, Scores};
 use crate::output::{self, OutputFile};
-use crate::session::{self, Session};
+use crate::set::{self, Members};
 use crate::table::Table;
-use crate::{base, methods, progress, score};
+use crate::{base, progress};
 
 /// Merge the bundled concepts into the bundled model and draw them alone and together
 ///
@@ -42,7 +44,7 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
-    merge: MergeArgs,
+    set: SetArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -71,48 +73,55 @@ const COLUMNS: usize = 15;
 /// Pixels that a picture's side has on the sheet, at least.
 const SIDE: usize = 96;
 
+/// A picture to draw.
+struct Job {
+    prompt: String,
+    seed: u64,
+}
+
+/// What the daemon did.
+struct Drawn {
+    /// Pictures of each concept, drawn from it alone.
+    alone: Vec<Vec<Picture>>,
+    /// The same with all concepts merged.
+    merged: Vec<Vec<Picture>>,
+    /// Two concepts each, with all concepts merged.
+    pairs: Vec<Picture>,
+    merge: Merged,
+    remove: Merged,
+}
+
 /// Runs the command.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let started = Instant::now();
     let sheet_file = OutputFile::create(&args.output)?;
-    base::folder(args.model.base.as_deref())?;
+    let base = base::folder(args.model.base.as_deref())?;
     let starter = base::starter()?;
-    let files = args::adapters_in(args.adapters.as_deref().unwrap_or(&starter.join("adapters")))?;
     let concepts = Concepts::open(&starter.join("concepts"))?;
-    let mut session = Session::new(session::open_model(&args.model)?, &in_order(files, &concepts))?;
+    let files = args::adapters_in(args.adapters.as_deref().unwrap_or(&starter.join("adapters")))?;
+    let with: Vec<WeightedFile> =
+        in_order(files, &concepts).into_iter().map(|path| WeightedFile { path, weight: 1.0 }).collect();
+    let manifests = with
+        .iter()
+        .map(|file| Ok(blocklora_spec::Adapter::open(&file.path)?.manifest().clone()))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let entries = manifests.iter().map(|m| concepts.get(&m.name)).collect::<anyhow::Result<Vec<_>>>()?;
     let judge = Judge::open(&starter.join("clip"), &concepts, PAPER_PREFIX)?;
-    let entries = score::entries_of(&session, &concepts)?;
-    let settings = draw::Settings::new(&args.sampling, &session.model)?;
-    let strategy = methods::strategy(&args.merge)?;
 
     let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
-    let pair_jobs = pair_jobs(args, &session);
-    let total = 2 * jobs.iter().map(Vec::len).sum::<usize>() + pair_jobs.len();
-    let bar = progress::bar("drawing", total * settings.steps);
-    let all: Vec<(usize, f32)> = (0..entries.len()).map(|i| (i, 1.0)).collect();
-
-    let mut alone = Vec::new();
-    for (i, jobs) in jobs.iter().enumerate() {
-        session.merge(&[(i, 1.0)], &strategy)?;
-        alone.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);
-    }
-    let removed = session.merge(&[], &strategy)?;
-    let report = session.merge(&all, &strategy)?;
-    let mut merged = Vec::new();
-    for jobs in &jobs {
-        merged.push(draw::draw(&session, jobs, &settings, settings.batch(), &bar)?);
-    }
-    let pairs = draw::draw(&session, &pair_jobs, &settings, settings.batch(), &bar)?;
-    bar.finish_and_clear();
+    let pair_jobs = pair_jobs(args, &manifests);
+    // The adapters are those of one model, whatever a daemon that runs has as its default.
+    let model_args = ModelArgs { base: Some(base), ..args.model.clone() };
+    let drawn = daemon::run(draw_all(args, options, &model_args, &with, &jobs, &pair_jobs))?;
 
     let score = |(i, pictures): (usize, &Vec<Picture>)| {
         let prompts: Vec<&str> = jobs[i].iter().map(|j| j.prompt.as_str()).collect();
         judge.score(entries[i], &prompts, pictures)
     };
-    let alone_scores = alone.iter().enumerate().map(score).collect::<anyhow::Result<Vec<_>>>()?;
-    let merged_scores = merged.iter().enumerate().map(score).collect::<anyhow::Result<Vec<_>>>()?;
+    let alone_scores = drawn.alone.iter().enumerate().map(score).collect::<anyhow::Result<Vec<_>>>()?;
+    let merged_scores = drawn.merged.iter().enumerate().map(score).collect::<anyhow::Result<Vec<_>>>()?;
 
-    let sheet = sheet(&concepts, &entries, &alone, &merged, &pair_jobs, pairs)?;
+    let sheet = sheet(&concepts, &entries, &drawn, &pair_jobs)?;
     sheet_file.write(&sheet.to_png(None)?)?;
 
     let none = "there are no bundled adapters";
@@ -123,9 +132,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             .zip(alone_scores.iter().zip(&merged_scores))
             .map(|(e, (alone, merged))| Line { name: &e.name, alone: *alone, merged: *merged })
             .collect(),
-        merge_ms: 1e3 * report.seconds,
-        remove_ms: 1e3 * removed.seconds,
-        bytes_written: report.bytes_written,
+        merge_ms: drawn.merge.usec as f64 / 1e3,
+        remove_ms: drawn.remove.usec as f64 / 1e3,
+        bytes_written: drawn.merge.bytes_written,
         alone: Scores::mean(&alone_scores).context(none)?,
         merged: Scores::mean(&merged_scores).context(none)?,
         seconds: started.elapsed().as_secs_f64(),
@@ -133,16 +142,92 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { output::print_json(&json) } else { Ok(output::print(&describe(&json))?) }
 }
 
+async fn draw_all(
+    args: &Args,
+    options: &daemon::Options,
+    model_args: &ModelArgs,
+    with: &[WeightedFile],
+    jobs: &[Vec<Job>],
+    pair_jobs: &[Job],
+) -> anyhow::Result<Drawn> {
+    let daemon = daemon::connect(options, State::Temporary).await?;
+    let model = choose_model(&daemon, model_args).await?;
+    let members = Members::new(&daemon, &model, with).await?;
+    members.check_prompt("", &model)?;
+    let adapters = members.entries();
+    let merge = async |adapters: &[Adapter]| {
+        let (strategy, strategy_config) = set::strategy(&args.set);
+        let model = Some(model.state.id.clone());
+        let request = Merge { strategy, strategy_config, adapters: adapters.to_vec(), model, ..Merge::default() };
+        let job = daemon.client.merge(&request).await?;
+        watch::quietly(&job, "merging").await
+    };
+    let pictures = 2 * jobs.iter().map(Vec::len).sum::<usize>() + pair_jobs.len();
+    let bar = progress::bar("drawing", pictures * usize::from(args.sampling.steps));
+    let mut artist = Artist { daemon: &daemon, template: template(args, &model)?, bar };
+
+    let mut alone = Vec::new();
+    for (adapter, jobs) in adapters.iter().zip(jobs) {
+        alone.push(artist.draw(std::slice::from_ref(adapter), jobs).await?);
+    }
+    let remove = merge(&[]).await?;
+    let merge = merge(&adapters).await?;
+    let mut merged = Vec::new();
+    for jobs in jobs {
+        merged.push(artist.draw(&adapters, jobs).await?);
+    }
+    let pairs = artist.draw(&adapters, pair_jobs).await?;
+    artist.bar.finish_and_clear();
+    daemon.close().await;
+    Ok(Drawn { alone, merged, pairs, merge, remove })
+}
+
+/// What all pictures have in common.
+fn template(args: &Args, model: &ChosenModel) -> anyhow::Result<Generate> {
+    let (strategy, strategy_config) = set::strategy(&args.set);
+    let sampling = &args.sampling;
+    let pixels = |side: usize| u32::try_from(side).with_context(|| format!("--size: {side} pixels are too many"));
+    Ok(Generate {
+        target: Some(model.model.path().clone().into()),
+        steps: Some(u32::from(sampling.steps)),
+        guidance_scale: Some(f64::from(sampling.guidance)),
+        sampler: Some(sampling.sampler.clone()),
+        width: sampling.size.map(|size| pixels(size.width)).transpose()?,
+        height: sampling.size.map(|size| pixels(size.height)).transpose()?,
+        strategy: Some(strategy),
+        strategy_config,
+        formats: vec!["png".into()],
+        ..Generate::default()
+    })
+}
+
+/// Draws by a daemon, one picture after another, with one bar for all.
+struct Artist<'a> {
+    daemon: &'a Daemon,
+    template: Generate,
+    bar: ProgressBar,
+}
+
+impl Artist<'_> {
+    /// The pictures of `jobs` with `adapters` merged.
+    async fn draw(&mut self, adapters: &[Adapter], jobs: &[Job]) -> anyhow::Result<Vec<Picture>> {
+        let mut pictures = Vec::new();
+        for Job { prompt, seed } in jobs {
+            let (prompt, seed) = (prompt.clone(), Some(*seed));
+            let request = Generate { prompt, seed, adapters: adapters.to_vec(), ..self.template.clone() };
+            let job = self.daemon.client.generate(&request).await?;
+            watch::count_on(&job, &self.bar, u64::from(request.steps.unwrap_or(0))).await?;
+            let file = job.take_results(false).await?.into_iter().next().context("the daemon gave no picture")?;
+            pictures.push(Picture::decode("the daemon's picture", &file.bytes)?);
+        }
+        Ok(pictures)
+    }
+}
+
 fn jobs_of(args: &Args, entry: &Entry) -> Vec<Job> {
     let prompts = entry.prompts.iter().cycle().take(usize::from(args.images));
-    prompts
-        .zip(0..)
-        .map(|(p, i)| Job {
-            prompt: entry.prompt(p),
-            negative: String::new(),
-            seed: args.sampling.seed.wrapping_add(i),
-        })
-        .collect()
+    let job = |(p, i): (&String, u64)| Job { prompt: entry.prompt(p), seed: args.sampling.seed.wrapping_add(i) };
+    prompts.zip(0..).map(job).collect()
 }
 
 /// `files` in the order of the bundled concepts, which puts like beside like.
@@ -154,9 +239,9 @@ fn in_order(mut files: Vec<PathBuf>, concepts: &Concepts) -> Vec<PathBuf> {
 }
 
 /// People and things two by two, then each place and style with one of them.
-fn pair_jobs(args: &Args, session: &Session) -> Vec<Job> {
-    let manifests = || session.adapters.iter().map(|a| a.manifest());
-    let (things, others): (Vec<_>, Vec<_>) = manifests().partition(|m| matches!(m.kind, Kind::Person | Kind::Subject));
+fn pair_jobs(args: &Args, manifests: &[Manifest]) -> Vec<Job> {
+    let is_thing = |m: &&Manifest| matches!(m.kind, Kind::Person | Kind::Subject);
+    let (things, others): (Vec<_>, Vec<_>) = manifests.iter().partition(is_thing);
     let next = |i: usize| &things[(i + 1) % things.len()].name;
     let two = things.iter().enumerate().map(|(i, m)| format!("a <{}> and a <{}> on the beach", m.name, next(i)));
     let with_other = things.iter().step_by(2).zip(&others).map(|(thing, other)| match other.kind {
@@ -164,18 +249,11 @@ fn pair_jobs(args: &Args, session: &Session) -> Vec<Job> {
         _ => format!("a <{}> in the <{}>", thing.name, other.name),
     });
     let two = two.take(if things.len() > 1 { things.len() } else { 0 });
-    let job = |prompt| Job { prompt, negative: String::new(), seed: args.sampling.seed };
-    two.chain(with_other).map(job).collect()
+    two.chain(with_other).map(|prompt| Job { prompt, seed: args.sampling.seed }).collect()
 }
 
-fn sheet(
-    concepts: &Concepts,
-    entries: &[&Entry],
-    alone: &[Vec<Picture>],
-    merged: &[Vec<Picture>],
-    pair_jobs: &[Job],
-    pairs: Vec<Picture>,
-) -> anyhow::Result<Picture> {
+fn sheet(concepts: &Concepts, entries: &[&Entry], drawn: &Drawn, pair_jobs: &[Job]) -> anyhow::Result<Picture> {
+    let Drawn { alone, merged, pairs, .. } = drawn;
     let side = alone.iter().flatten().map(Picture::width).next().unwrap_or(SIDE);
     let mut sheet = ContactSheet::new(entries.len().min(COLUMNS), SIDE.div_ceil(side));
     sheet.heading("Real pictures of the concepts");
@@ -193,8 +271,8 @@ fn sheet(
     }
     if !pairs.is_empty() {
         sheet.heading("Two concepts in one picture, all of them merged");
-        for (picture, job) in pairs.into_iter().zip(pair_jobs) {
-            sheet.cell(picture, job.prompt.replace(['<', '>'], ""));
+        for (picture, job) in pairs.iter().zip(pair_jobs) {
+            sheet.cell(picture.clone(), job.prompt.replace(['<', '>'], ""));
         }
     }
     Ok(sheet.compose()?)

@@ -1,5 +1,7 @@
 //! `blocklora doctor`: what is wrong, and what to do about each.
 
+mod machine;
+
 use std::path::Path;
 
 use blocklora_client::{Client, Error, ErrorKind, Place};
@@ -9,8 +11,9 @@ use crate::args::ModelArgs;
 use crate::daemon::{self, Choice, Daemon, State};
 use crate::{base, output};
 
-/// Check daemon, bus, socket, device, model, plugins and state folder, and say what to do about each problem
+/// Check daemon, bus, socket, rights, driver, device, model, plugins and state, and say what to do about each problem
 ///
+/// Where a daemon may not use a GPU, the directive of its unit that denies it is named.
 /// The exit code is 1 if something is broken; what is merely absent, such as a daemon that does not run, is no problem.
 #[derive(clap::Args)]
 pub struct Args {
@@ -140,6 +143,12 @@ async fn reachable(options: &daemon::Options) -> Vec<Finding> {
             findings.push(finding("daemon", Verdict::Problem, error.to_string(), cure));
         }
         Ok(daemon) => {
+            let is_system = matches!(daemon.client.place(), Some(Place::SystemBus))
+                || daemon.client.place() == Some(&Place::system_socket());
+            if is_system {
+                findings.push(machine::polkit());
+            }
+            findings.extend(machine::gpu(is_system));
             match inside(&daemon).await {
                 Ok(more) => findings.extend(more),
                 Err(error) => findings.push(finding("daemon", Verdict::Problem, error.to_string(), "restart it")),
@@ -172,7 +181,7 @@ async fn one(place: &Place, needed: bool) -> Finding {
             (error.to_string(), absent, format!("to use one: {unit}"))
         }
         Err(error) if error.kind() == Some(ErrorKind::NotAuthorized) => {
-            (error.to_string(), Verdict::Warning, "join the group blocklora, then log in again".to_owned())
+            (error.to_string(), Verdict::Warning, machine::join_the_group())
         }
         Err(error) => (error.to_string(), Verdict::Problem, "restart the daemon".to_owned()),
     };

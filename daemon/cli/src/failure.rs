@@ -99,6 +99,11 @@ fn line_of(error: &anyhow::Error) -> String {
             line += &text;
         }
     }
+    if line.contains("the library has no adapter") {
+        return format!("{line}: `blocklora adapters list` shows those that are there");
+    }
+    // Daemon and plugins speak of settings; here this one has an option.
+    let line = line.replace("clash = \"mean\"", "--on-clash mean");
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     let cure = match io.map(std::io::Error::kind) {
         Some(Kind::StorageFull | Kind::QuotaExceeded) => "free some space or choose another disk; nothing was kept",

@@ -51,8 +51,7 @@ pub struct Args {
     /// How closely to follow the prompt; 1 is no guidance [default: 7.5]
     #[arg(long, value_name = "SCALE", help_heading = "Sampling", allow_negative_numbers = true)]
     guidance: Option<f32>,
-    /// ddim, dpmpp-2m, euler-a, or another sampler of `blocklora plugin list`, with -karras behind it for Karras' noise
-    /// levels [default: dpmpp-2m]
+    /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list` [default: dpmpp-2m]
     #[arg(long, value_name = "NAME", help_heading = "Sampling")]
     sampler: Option<String>,
     /// Size in pixels: one number, or WIDTHxHEIGHT [default: the model's own]
@@ -110,13 +109,9 @@ fn request(args: &Args, recipe: Option<&Recipe>) -> Generate {
     request.steps = args.steps.map(u32::from).or(request.steps);
     request.guidance_scale = args.guidance.map(f64::from).or(request.guidance_scale);
     if let Some(name) = &args.sampler {
-        // "-karras" behind a sampler's id stands for Karras' noise levels, as in other tools.
-        let (id, karras) = name.strip_suffix("-karras").map_or((name.as_str(), false), |id| (id, true));
-        request.sampler = Some(id.to_owned());
+        // The settings of a picture's own sampler say nothing about another.
+        request.sampler = Some(name.clone());
         request.sampler_config.clear();
-        if karras {
-            request.sampler_config.insert("karras".into(), true.into());
-        }
     }
     request
 }

@@ -58,8 +58,10 @@ Exit codes:
   130  interrupted by Ctrl-C
 
 Environment:
-  BLOCKLORA_DAEMON  the daemon to use where --daemon is not given
-  BLOCKLORA_MODEL   the model folder to use where --base is not given
+  BLOCKLORA_DAEMON             the daemon to use where --daemon is not given
+  BLOCKLORA_MODEL              the model folder to use where --base is not given
+  BLOCKLORA_PLUGIN_PATH        folders with plugins, separated by colons, before the usual ones
+  BLOCKLORA_PLUGIN_ISOLATION   in-process or worker: where plugins run, instead of what the configuration says
 
 Files:
   $XDG_RUNTIME_DIR/blocklora/bus, /run/blocklora/bus   sockets of the user's and of the machine's daemon
@@ -122,10 +124,6 @@ enum Command {
     Doctor(doctor::Args),
     #[command(subcommand)]
     Bench(bench::Command),
-    #[command(name = "__man", hide = true)]
-    Man(manual::ManArgs),
-    #[command(name = "__completions", hide = true)]
-    Completions(manual::CompletionsArgs),
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -135,7 +133,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     interrupt::install()?;
     let daemon = cli.daemon()?;
     match cli.command {
-        Command::Demo(args) => demo::run(&args),
+        Command::Demo(args) => demo::run(&args, &daemon),
         Command::Train(args) => train::run(&args, &daemon),
         Command::Generate(args) => generate::run(&args, &daemon),
         Command::Merge(args) => merge::run(&args, &daemon),
@@ -149,16 +147,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Plugin(command) => plugin::run(&command),
         Command::Status(args) => status::run(&args, &daemon),
         Command::Doctor(args) => doctor::run(&args, &daemon),
-        Command::Man(args) => manual::man(&args, Cli::command()),
-        Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Bench(command) => bench::run(&command, cli.threads),
     }
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::try_parse() {
-        Ok(cli) => run(cli),
-        Err(error) => failure::of_parser(&error),
+    let result = match manual::requested() {
+        Some(request) => manual::run(request, Cli::command()),
+        None => match Cli::try_parse() {
+            Ok(cli) => run(cli),
+            Err(error) => failure::of_parser(&error),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -31,11 +31,11 @@ pub struct Args {
     /// Folder of the base model in the diffusers layout [default: the daemon's, or the bundled starter model]
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     base: Option<PathBuf>,
-    #[command(flatten)]
-    set: SetArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    set: SetArgs,
 }
 
 /// Runs the command.

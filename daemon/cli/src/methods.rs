@@ -29,11 +29,7 @@ pub fn strategy(args: &MergeArgs) -> anyhow::Result<Arc<dyn MergeStrategy>> {
     Ok(plugins().strategy(id, &settings)?)
 }
 
-/// The sampler that people call `name`: an id, with `-karras` behind it for Karras' noise levels.
+/// The sampler `name`: its id, or another name that its manifest gives it.
 pub fn sampler(name: &str) -> anyhow::Result<Arc<dyn Sampler>> {
-    let (id, settings) = match name.strip_suffix("-karras") {
-        Some(id) => (id, json!({"karras": true})),
-        None => (name, Value::Null),
-    };
-    Ok(plugins().sampler(id, &settings)?)
+    Ok(plugins().sampler(name, &Value::Null)?)
 }

@@ -85,6 +85,36 @@ fn files_of_another_kind_are_refused() {
 }
 
 #[test]
+fn what_the_daemon_does_not_know_is_named_with_where_to_look() {
+    let folder = temporary();
+    let daemon = common::Daemon::start();
+    let socket = daemon.socket();
+    let fails = |args: &[&str], needles: &[&str]| {
+        fails(folder.path(), 1, &[args, &["--daemon", text(&socket)]].concat(), needles);
+    };
+    for command in [
+        &["adapters", "show", "milo"][..],
+        &["adapters", "remove", "milo"],
+        &["adapters", "export", "milo", "-o", "x"],
+        &["generate", "<milo>", "--with", "milo", "-o", "x.png"],
+        &["merge", "milo", "-o", "x"],
+    ] {
+        fails(command, &["no adapter \"milo\"", "blocklora adapters list"]);
+    }
+    fails(&["adapters", "list", "--kind", "dog"], &["\"dog\"", "subject, person, scene, style"]);
+    fails(&["adapters", "list", "--state", "bad"], &["\"bad\"", "ok, missing, corrupt"]);
+    fails(&["adapters", "list", "--sort", "bad"], &["\"bad\"", "name, added or size"]);
+    fails(&["jobs", "list", "--state", "bad"], &["\"bad\"", "queued, running"]);
+    fails(&["jobs", "list", "--kind", "bad"], &["\"bad\"", "generate, train"]);
+    fails(&["jobs", "watch", "1j99"], &["no job \"1j99\"", "blocklora jobs list"]);
+    fails(&["jobs", "cancel", "1j99"], &["no job \"1j99\"", "blocklora jobs list"]);
+    fails(&["models", "load", "none"], &["no model \"none\""]);
+    fails(&["models", "remove", "none"], &["no model \"none\""]);
+    fails(&["models", "add", "."], &["model_index.json"]);
+    fails(&["slots", "--scheme", "bad"], &["\"bad\"", "contiguous, strided or permuted"]);
+}
+
+#[test]
 fn broken_settings_are_named() {
     let folder = temporary();
     std::fs::create_dir(folder.path().join("photos")).unwrap();
@@ -146,7 +176,7 @@ fn adapters_that_do_not_fit_together_are_refused() {
     check(&["stranger.safetensors"], &["stranger.safetensors", "other weights", "--base"]);
     check(&["alien.safetensors"], &["alien.safetensors", "flux/1", "--base"]);
     check(&["milo.safetensors", "copy.safetensors"], &["milo.safetensors", "copy.safetensors", "leave one out"]);
-    check(&["milo.safetensors", "rival.safetensors"], &["\"milo\"", "\"rival\"", "slot"]);
+    check(&["milo.safetensors", "rival.safetensors"], &["\"milo\"", "\"rival\"", "slot", "--on-clash mean"]);
     let heavy = ["generate", "a cat", "-o", "x.png", "--steps", "1", "--with", "milo.safetensors=1e38"];
     fails(folder.path(), 1, &heavy, &["not finite", "lower the concepts' weights"]);
     fails(

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use blocklora_engine::image::Picture;
-use common::{Make, adapter, succeeds, temporary, text};
+use common::{Daemon, Make, adapter, fails, succeeds, temporary, text};
 
 /// Random adapters for the first two bundled concepts.
 fn adapters(folder: &Path) -> [String; 2] {
@@ -35,8 +35,32 @@ fn demo_draws_a_sheet_and_prints_what_it_measured() {
     // Two columns, four rows of pictures.
     let picture = Picture::load(&sheet).unwrap();
     assert!(picture.width() > 2 * 96 && picture.height() > 4 * 96, "{} x {}", picture.width(), picture.height());
+    // A daemon that runs draws the same pictures.
+    let daemon = Daemon::start();
+    let other = path.join("other.png");
+    let socket = daemon.socket();
+    let args = [&common[..7], &["-o", text(&other), "--json", "--daemon", text(&socket)]].concat();
+    let again: serde_json::Value = serde_json::from_str(&succeeds(args)).unwrap();
+    assert_eq!((&again["alone"], &again["merged"]), (&said["alone"], &said["merged"]));
+    assert_eq!(std::fs::read(&other).unwrap(), std::fs::read(&sheet).unwrap());
     let table = succeeds(common);
     assert!(table.contains("2 concepts merged in") && table.contains(text(&sheet)), "{table}");
+}
+
+#[test]
+fn a_demo_that_cannot_be_drawn_says_why_and_writes_nothing() {
+    let folder = temporary();
+    let path = folder.path();
+    fails(path, 1, &["demo", "--adapters", "."], &["there is no adapter (.safetensors) in this folder"]);
+    let name = adapters(path)[0].clone();
+    fails(path, 1, &["demo", "--adapters", ".", "--sampler", "none"], &["there is no sampler \"none\""]);
+    fails(path, 1, &["demo", "--adapters", ".", "--size", "33"], &["width = 33", "multiple of"]);
+    // A concept without pictures, and two in one slot.
+    let stranger = adapter(path, &Make { name: "stranger", slot: Some(7), ..Make::default() });
+    fails(path, 1, &["demo", "--adapters", "."], &["concepts.json", "no concept \"stranger\""]);
+    std::fs::remove_file(stranger).unwrap();
+    adapter(path, &Make { name: &name, slot: Some(1), ..Make::default() });
+    fails(path, 1, &["demo", "--adapters", "."], &["both own row", "--on-clash mean"]);
 }
 
 #[test]

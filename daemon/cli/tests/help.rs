@@ -110,6 +110,8 @@ fn manual_pages_and_completions_are_made_from_the_table() {
     }
     for (shell, needle) in [("bash", "_blocklora"), ("zsh", "#compdef blocklora"), ("fish", "complete -c blocklora")] {
         let script = succeeds(["__completions", shell]);
+        // What packages run is offered to nobody.
+        assert!(!script.contains("__man") && !script.contains("__completions"), "{shell}");
         assert!(script.contains(needle) && script.contains("adapters") && script.contains("like"), "{shell}");
     }
 }

@@ -9,23 +9,12 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use common::{Client, Daemon, Dict, NAME, PATIENCE, ROOT, adapter_file, dict, small, train, until};
+use common::{
+    Client, Daemon, Dict, NAME, PATIENCE, ROOT, adapter_file, alive, dict, long, small, step_of, train, until,
+};
 use rustix::process::Signal;
-use zbus::{OwnedObjectPath, OwnedVariant};
-
-async fn alive(daemon: &mut Daemon, client: &Client) {
-    let job: OwnedObjectPath = client.call(ROOT, "Manager", "EmptyJob", &(Dict::new(),)).await.unwrap();
-    client.wait(job.as_str()).await.unwrap();
-    assert!(daemon.lives());
-}
-
-fn long(steps: u32) -> Dict {
-    let mut params = small("a dog", 1);
-    params.insert("steps".to_owned(), OwnedVariant::from(steps));
-    params
-}
+use zbus::OwnedObjectPath;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_dies_takes_its_jobs_with_it() {
@@ -43,114 +32,6 @@ async fn a_client_that_dies_takes_its_jobs_with_it() {
     }
     client.wait(&kept).await.unwrap();
     alive(&mut daemon, &client).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_training_goes_on_after_kill_9_and_gives_the_same_file() {
-    let mut daemon = Daemon::start();
-    let client = daemon.client().await;
-    let options = || dict([("slot", 1u32.into())]);
-    let job = train(&client, "rex", 8, options()).await.unwrap();
-    // The checkpoint of step 2 or 4 is there, and the run is not over.
-    until("step 3", || async { step_of(&client, &job).await.0 >= 3 }).await;
-    daemon.kill();
-    daemon.restart();
-    let client = daemon.client().await;
-    let details = client.wait(&job).await.unwrap();
-    assert!(u32::try_from(details["resumed_at"].try_clone().unwrap()).unwrap() >= 2, "{}", daemon.log());
-    let resumed = client.results(&job).await.unwrap().remove(0).0;
-    // The same training without a break.
-    let fresh = Daemon::start();
-    let client = fresh.client().await;
-    let job = train(&client, "rex", 8, options()).await.unwrap();
-    client.wait(&job).await.unwrap();
-    assert_eq!(client.results(&job).await.unwrap().remove(0).0, resumed);
-    // Nothing but the adapter is left.
-    assert_eq!(std::fs::read_dir(daemon.state().join("jobs")).unwrap().count(), 0);
-}
-
-async fn step_of(client: &Client, job: &str) -> (u32, u32) {
-    let value = client.get::<OwnedVariant>(job, "Job", "Step").await;
-    zbus::Structure::try_from(value).unwrap().try_into().unwrap()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn sigterm_saves_a_training_and_the_next_daemon_goes_on() {
-    let mut daemon = Daemon::start();
-    let client = daemon.client().await;
-    let job = train(&client, "rex", 200, Dict::new()).await.unwrap();
-    until("a step", || async { step_of(&client, &job).await.0 >= 1 }).await;
-    let since = Instant::now();
-    daemon.signal(Signal::TERM);
-    // Pending calls are answered.
-    let error = client.wait(&job).await.unwrap_err();
-    assert!(error.starts_with("ShuttingDown: ") || error.contains("I/O error"), "{error}");
-    assert!(daemon.child.wait().unwrap().success());
-    assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
-    daemon.restart();
-    let client = daemon.client().await;
-    until("the training", || async { step_of(&client, &job).await.0 >= 1 }).await;
-    client.call::<_, ()>(&job, "Job", "Cancel", &("discard", Dict::new())).await.unwrap();
-    assert!(client.wait(&job).await.unwrap_err().starts_with("Cancelled: "));
-    alive(&mut daemon, &client).await;
-    // Cancelled for good: the next daemon does not begin it again, and its slot is free.
-    daemon.restart();
-    let client = daemon.client().await;
-    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(),)).await.unwrap();
-    assert!(slots.is_empty());
-    let active: Vec<Dict> =
-        client.call(ROOT, "Manager", "ListJobs", &(dict([("active", true.into())]), 0u32, 9u32)).await.unwrap();
-    assert!(active.is_empty());
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn kill_9_while_importing_and_merging_leaves_nothing_half_done() {
-    let mut daemon = Daemon::start();
-    let names = ["poodle", "teddy", "zombie", "black_cat"];
-    for round in 0..3u64 {
-        let client = daemon.client().await;
-        let working = client.clone();
-        let work = tokio::spawn(async move {
-            loop {
-                for name in names {
-                    let file = File::open(adapter_file(name)).unwrap();
-                    let body = (zbus::Fd::from(file.as_fd()), Dict::new());
-                    let Ok(path) = working.call::<_, OwnedObjectPath>(ROOT, "Manager", "RegisterAdapter", &body).await
-                    else {
-                        return;
-                    };
-                    let parts = ("blocklora", common::entries_of(&[(path.as_str(), 1.0)]), Dict::new());
-                    let Ok(job) = working.call::<_, OwnedObjectPath>(ROOT, "Manager", "Merge", &parts).await else {
-                        return;
-                    };
-                    if working.wait(job.as_str()).await.is_err() {
-                        return;
-                    }
-                    let options = Dict::new();
-                    let removed = dict([("remove", true.into())]);
-                    if working.call::<_, ()>(path.as_str(), "Adapter", "Unregister", &(removed,)).await.is_err() {
-                        return;
-                    }
-                    drop(options);
-                }
-            }
-        });
-        tokio::time::sleep(Duration::from_millis(400 + 137 * round)).await;
-        daemon.kill();
-        work.await.unwrap();
-        daemon.restart();
-        let client = daemon.client().await;
-        let job: OwnedObjectPath = client.call(ROOT, "Manager", "ValidateLibrary", &(Dict::new(),)).await.unwrap();
-        let details = client.wait(job.as_str()).await.unwrap();
-        let checked = u64::try_from(details["checked"].try_clone().unwrap()).unwrap();
-        let problems = <&zbus::Array>::try_from(&details["problems"]).unwrap();
-        assert!(problems.is_empty(), "{problems:?}");
-        let files: Vec<String> = std::fs::read_dir(daemon.state().join("adapters"))
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
-        assert_eq!(files.len() as u64, checked, "{files:?}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -265,39 +146,100 @@ async fn a_full_queue_says_so() {
     alive(&mut daemon, &client).await;
 }
 
+/// A connection on which anything can be sent, past its greeting.
+fn raw_connection(daemon: &Daemon) -> UnixStream {
+    let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let uid: String = rustix::process::getuid().as_raw().to_string().bytes().map(|b| format!("{b:02x}")).collect();
+    stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).unwrap();
+    let mut line = [0; 256];
+    let n = stream.read(&mut line).unwrap();
+    assert!(line[..n].starts_with(b"OK "));
+    stream.write_all(b"NEGOTIATE_UNIX_FD\r\n").unwrap();
+    let n = stream.read(&mut line).unwrap();
+    assert!(line[..n].starts_with(b"AGREE_UNIX_FD"));
+    stream.write_all(b"BEGIN\r\n").unwrap();
+    stream
+}
+
+/// Numbers that look random and are the same in every run.
+struct Noise(u32);
+
+impl Noise {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.0 >> 8
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_and_giants_end_one_connection_only() {
     let mut daemon = Daemon::start();
     let client = daemon.client().await;
     // Not D-Bus at all.
-    let mut noise: u32 = 1;
+    let mut noise = Noise(1);
     for _ in 0..20 {
         let mut stream = UnixStream::connect(daemon.socket()).unwrap();
-        let bytes: Vec<u8> = (0..4096)
-            .map(|_| {
-                noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (noise >> 24) as u8
-            })
-            .collect();
+        let bytes: Vec<u8> = (0..4096).map(|_| noise.next() as u8).collect();
         // The daemon may be faster in closing it.
         let _ = stream.write_all(&bytes);
     }
     // D-Bus at first: then a message that claims 1 GB, and one that is noise.
     for tail in [&[b'l', 1, 0, 1, 0, 0, 0, 0x40, 1, 0, 0, 0, 0, 0, 0, 0][..], &[0xff; 64][..]] {
-        let mut stream = UnixStream::connect(daemon.socket()).unwrap();
-        let uid: String = rustix::process::getuid().as_raw().to_string().bytes().map(|b| format!("{b:02x}")).collect();
-        stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).unwrap();
-        let mut line = [0; 256];
-        let n = stream.read(&mut line).unwrap();
-        assert!(line[..n].starts_with(b"OK "));
-        stream.write_all(b"BEGIN\r\n").unwrap();
+        let mut stream = raw_connection(&daemon);
         stream.write_all(tail).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         // The end of the connection, not silence.
-        assert!(matches!(stream.read(&mut line), Ok(0) | Err(_)));
+        assert!(matches!(stream.read(&mut [0; 256]), Ok(0) | Err(_)));
     }
+    // Files that claim to be large cost their claim nothing.
+    let dir = tempfile::tempdir().unwrap();
+    let file = File::options().read(true).write(true).create_new(true).open(dir.path().join("hole")).unwrap();
+    file.set_len(5 << 30).unwrap();
+    let body = (zbus::Fd::from(file.as_fd()), Dict::new());
+    let error = client.call::<_, OwnedObjectPath>(ROOT, "Manager", "RegisterAdapter", &body).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: ") && error.contains("5368709120 bytes, at most"), "{error}");
+    let options = dict([("name", "x".into()), ("class_word", "dog".into())]);
+    let body = ("blocklora", Dict::new(), vec![zbus::Fd::from(file.as_fd())], options);
+    let error = client.call::<_, OwnedObjectPath>(ROOT, "Manager", "Train", &body).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: data[0]: "), "{error}");
+    let error = client.draw("/", small(&"x ".repeat(10 << 20), 1)).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: prompt: 20971520 bytes, at most 65536"), "{error}");
     let before = daemon.memory();
     assert!(before < 2 << 30, "{before}");
+    alive(&mut daemon, &client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changed_messages_and_missing_files_end_one_connection_at_most() {
+    let mut daemon = Daemon::start();
+    let client = daemon.client().await;
+    let call = |member: &str, built: &dyn Fn(zbus::message::Builder<'_>) -> zbus::Message| {
+        let builder = zbus::Message::method_call(ROOT, member.to_owned());
+        built(builder.interface(format!("{NAME}.Manager")))
+    };
+    let file = File::open(adapter_file("poodle")).unwrap();
+    let register = call("RegisterAdapter", &|b| b.build(&(zbus::Fd::from(file.as_fd()), Dict::new())).unwrap());
+    let query = call("QueryLibrary", &|b| b.build(&(dict([("text", "dog".into())]), 0u32, 10u32)).unwrap());
+    // The message says that a file comes with it, and none comes: as with one that was closed.
+    let mut stream = raw_connection(&daemon);
+    stream.write_all(register.data().bytes()).unwrap();
+    let mut answer = [0; 4096];
+    let n = stream.read(&mut answer).unwrap_or(0);
+    assert!(n == 0 || answer[1] == 3, "neither an error nor the end: {:?}", &answer[..n]);
+    // Two messages of which a hundred times one byte is another.
+    let mut noise = Noise(2);
+    for round in 0..100 {
+        let mut bytes = if round % 2 == 0 { register.data().bytes().to_vec() } else { query.data().bytes().to_vec() };
+        let at = noise.next() as usize % bytes.len();
+        bytes[at] ^= 1 << (noise.next() % 8);
+        let mut stream = raw_connection(&daemon);
+        // The daemon may be faster in closing it.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        // An answer, an error or the end: all that counts is that it does not take the others with it.
+        let _ = stream.read(&mut answer);
+    }
+    assert_eq!(client.call::<_, u64>(ROOT, "Manager", "CountLibrary", &(Dict::new(),)).await, Ok(0));
     alive(&mut daemon, &client).await;
 }
 
@@ -410,38 +352,63 @@ async fn another_user_may_not_cancel_a_job() {
     alive(&mut daemon, &client).await;
 }
 
-/// A state folder on a file system that is full, then read-only: a tmpfs of its own, for which root is needed.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_and_a_read_only_disk_are_named() {
+/// A file system of its own.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    /// In memory, on `folder`; None where this user may not.
+    fn new(folder: &std::path::Path, size: &str) -> Option<Self> {
+        let options = format!("size={size}");
+        mount(folder, &["-t", "tmpfs", "-o", &options, "tmpfs"]).then(|| Self(folder.to_owned()))
+    }
+
+    /// Writes until nothing more fits; the file to remove.
+    fn fill(&self) -> std::path::PathBuf {
+        let filler = self.0.join("filler");
+        let mut file = File::create(&filler).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+        while file.write_all(&[0]).is_ok() {}
+        filler
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn mount(folder: &std::path::Path, args: &[&str]) -> bool {
+    Command::new("mount").args(args).arg(folder).status().is_ok_and(|s| s.success())
+}
+
+/// A daemon whose state is on a file system of its own; None where that cannot be mounted, for which root is needed.
+fn on_a_small_disk(size: &str) -> Option<(Daemon, Mounted)> {
     let mut daemon = Daemon::start();
     daemon.kill();
     let state = daemon.state();
     std::fs::remove_dir_all(&state).unwrap();
     std::fs::create_dir(&state).unwrap();
-    let mount = |args: &[&str]| Command::new("mount").args(args).arg(&state).status().is_ok_and(|s| s.success());
-    if !mount(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"]) {
+    let Some(mounted) = Mounted::new(&state, size) else {
         println!("a file system of its own cannot be mounted here: not run");
-        return;
-    }
-    struct Mounted(std::path::PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-        }
-    }
-    let _mounted = Mounted(state.clone());
-    daemon.restart();
-    let client = daemon.client().await;
-    let filler = state.join("filler");
-    let mut file = File::create(&filler).unwrap();
-    while file.write_all(&[0; 4096]).is_ok() {}
-    drop(file);
-    let register = async |client: &Client| {
-        let file = File::open(adapter_file("poodle")).unwrap();
-        let body = (zbus::Fd::from(file.as_fd()), Dict::new());
-        client.call::<_, OwnedObjectPath>(ROOT, "Manager", "RegisterAdapter", &body).await.unwrap_err()
+        return None;
     };
-    let error = register(&client).await;
+    daemon.restart();
+    Some((daemon, mounted))
+}
+
+async fn register_error(client: &Client) -> String {
+    let file = File::open(adapter_file("poodle")).unwrap();
+    let body = (zbus::Fd::from(file.as_fd()), Dict::new());
+    client.call::<_, OwnedObjectPath>(ROOT, "Manager", "RegisterAdapter", &body).await.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_and_a_read_only_disk_are_named() {
+    let Some((mut daemon, mounted)) = on_a_small_disk("1m") else { return };
+    let (client, state) = (daemon.client().await, daemon.state());
+    let filler = mounted.fill();
+    let error = register_error(&client).await;
     assert!(error.starts_with("StorageFull: "), "{error}");
     let error = train(&client, "rex", 2, Dict::new()).await.unwrap_err();
     assert!(error.starts_with("StorageFull: "), "{error}");
@@ -451,14 +418,46 @@ async fn a_full_and_a_read_only_disk_are_named() {
     assert_eq!(std::fs::read_dir(state.join("adapters")).unwrap().count(), 0);
     // A daemon that starts on a read-only one serves, and says what it cannot do.
     daemon.kill();
-    assert!(mount(&["-o", "remount,ro"]));
+    assert!(mount(&state, &["-o", "remount,ro"]));
     daemon.restart();
     let client = daemon.client().await;
-    let error = register(&client).await;
+    let error = register_error(&client).await;
     assert!(error.starts_with("StorageReadOnly: "), "{error}");
     let error = train(&client, "rex", 2, Dict::new()).await.unwrap_err();
     assert!(error.starts_with("StorageReadOnly: "), "{error}");
     assert!(!client.draw("/", small("a dog", 5)).await.unwrap().is_empty());
     assert!(daemon.log().contains("nothing will be remembered"), "{}", daemon.log());
+    alive(&mut daemon, &client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_in_the_middle_ends_what_writes_and_nothing_else() {
+    let Some((mut daemon, mounted)) = on_a_small_disk("8m") else { return };
+    let (client, state) = (daemon.client().await, daemon.state());
+    let poodle = client.register("poodle").await;
+    let set = client.compose(&[(&poodle, 1.0)], Dict::new()).await.unwrap();
+    let job = train(&client, "rex", 100_000, Dict::new()).await.unwrap();
+    until("a step", || async { step_of(&client, &job).await.0 >= 1 }).await;
+    let filler = mounted.fill();
+    // The next checkpoint finds no room.
+    let error = client.wait(&job).await.unwrap_err();
+    assert!(error.starts_with("StorageFull: "), "{error}");
+    // A model is written beside the library before it goes to the client.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let body = (zbus::Fd::from(writer.as_fd()), Dict::new());
+    let job: OwnedObjectPath = client.call(&set, "Composition", "Bake", &body).await.unwrap();
+    let error = client.wait(job.as_str()).await.unwrap_err();
+    assert!(error.starts_with("StorageFull: "), "{error}");
+    let error = client.call::<_, (String, u32)>(ROOT, "Manager", "LeaseSlot", &(Dict::new(), Dict::new())).await;
+    assert!(error.as_ref().is_err_and(|error| error.starts_with("StorageFull: ")), "{error:?}");
+    assert!(!client.draw(&set, small("a <poodle>", 5)).await.unwrap().is_empty());
+    // With room again everything works again, at once, and nothing of the failed work is left.
+    std::fs::remove_file(&filler).unwrap();
+    client.register("teddy").await;
+    let job = train(&client, "rex", 2, Dict::new()).await.unwrap();
+    client.wait(&job).await.unwrap();
+    assert_eq!(std::fs::read_dir(state.join("jobs")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(state.join("tmp")).into_iter().flatten().count(), 0);
+    assert_eq!(std::fs::read_dir(state.join("adapters")).unwrap().count(), 3);
     alive(&mut daemon, &client).await;
 }

@@ -1,6 +1,7 @@
 //! The connection to a daemon, and what can be asked of it.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use zbus::{Connection, ObjectPath, OwnedObjectPath};
 
 use crate::adapter::Adapter;
 use crate::composition::Composition;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::job::Job;
 use crate::model::Model;
 use crate::place::Place;
@@ -317,7 +318,15 @@ async fn open(place: &Place) -> Result<Connection> {
         Place::SystemBus => Builder::system(),
         Place::Bus(address) => Builder::address(address.as_str()),
         Place::Socket(path) => {
-            let stream = UnixStream::connect(path).map_err(|e| not_running(e.to_string()))?;
+            let stream = UnixStream::connect(path).map_err(|e| match e.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    Error::Daemon { kind: ErrorKind::NotAuthorized, message: format!("{place}: {e}") }
+                }
+                io::ErrorKind::ConnectionRefused => not_running(
+                    "nobody listens on it: a daemon that was killed left it, the next one replaces it".into(),
+                ),
+                _ => not_running(e.to_string()),
+            })?;
             Builder::unix_stream(stream).p2p()
         }
     };

@@ -79,6 +79,26 @@ pub async fn follow<R: DeserializeOwned>(job: &Job<R>, look: Look<'_>) -> anyhow
     result
 }
 
+/// Waits for one of many jobs, this one of `steps` steps, whose steps `bar` counts together. Ctrl-C cancels it.
+pub async fn count_on<R: DeserializeOwned>(job: &Job<R>, bar: &ProgressBar, steps: u64) -> anyhow::Result<R> {
+    let before = bar.position();
+    let ended = end(job, CancelMode::Discard);
+    tokio::pin!(ended);
+    let result = if bar.is_hidden() {
+        ended.await
+    } else {
+        let mut states = job.progress().await?;
+        loop {
+            tokio::select! {
+                result = &mut ended => break result,
+                Some(state) = states.next() => bar.set_position(before + u64::from(state.step.0)),
+            }
+        }
+    };
+    bar.set_position(before + steps);
+    result
+}
+
 /// Shows how far somebody's job is until it ends. Ctrl-C ends the watching alone.
 pub async fn look_on<R: DeserializeOwned>(job: &Job<R>, label: &'static str) -> anyhow::Result<R> {
     let bar = progress::bar(label, 0);

@@ -266,23 +266,11 @@ impl Catalogue {
             c.execute("UPDATE adapters SET state = ?, problem = ? WHERE digest = ?", [state, problem, digest]).map(drop)
         })
     }
-
-    /// Removes an adapter: first its entry, then its file.
-    pub fn remove_adapter(&self, digest: &str) -> Result<()> {
-        self.with(|c| c.execute("DELETE FROM adapters WHERE digest = ?", [digest]))?;
-        let path = self.adapter_path(digest);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path.display(), &e)),
-            _ => Ok(()),
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::time::Instant;
-
     use blocklora_spec::Scheme;
 
     use super::*;
@@ -310,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn ten_thousand_adapters_page_in_milliseconds() {
+    fn ten_thousand_adapters_are_filtered_sorted_and_paged() {
         let folder = tempfile::tempdir().unwrap();
         let catalogue = Catalogue::open(folder.path()).unwrap();
         // The fsync of each import is not what is measured here.
@@ -319,29 +307,22 @@ mod tests {
             assert!(catalogue.add_adapter(&entry(i)).unwrap());
         }
         assert!(!catalogue.add_adapter(&entry(7)).unwrap());
-        let time = |what: &str, filter: Filter, offset: u32, count: u64, first: &str| {
-            let mut best = f64::INFINITY;
-            for _ in 0..3 {
-                let start = Instant::now();
-                let page = catalogue.adapters(&filter, offset, 50).unwrap();
-                assert_eq!(page[0].name, first, "{what}");
-                assert_eq!(catalogue.count_adapters(&filter).unwrap(), count, "{what}");
-                best = best.min(start.elapsed().as_secs_f64() * 1e3);
-            }
-            println!("{what}: page of 50 and count of {count}: {best:.2} ms");
-            assert!(best < 100.0, "{what} took {best} ms");
+        let check = |filter: Filter, offset: u32, count: u64, first: &str| {
+            let page = catalogue.adapters(&filter, offset, 50).unwrap();
+            assert_eq!((page[0].name.as_str(), page.len()), (first, 50), "{filter:?}");
+            assert_eq!(catalogue.count_adapters(&filter).unwrap(), count, "{filter:?}");
         };
-        time("first page", Filter::default(), 0, 10_000, "concept-00000");
-        time("deep page", Filter::default(), 9_900, 10_000, "concept-09900");
+        check(Filter::default(), 0, 10_000, "concept-00000");
+        check(Filter::default(), 9_900, 10_000, "concept-09900");
         let sort = Some("-size".to_owned());
-        time("by size, descending", Filter { sort, ..Filter::default() }, 100, 10_000, "concept-09899");
+        check(Filter { sort, ..Filter::default() }, 100, 10_000, "concept-09899");
         let text = Some("CEPT-012".to_owned());
-        time("text", Filter { text, ..Filter::default() }, 0, 100, "concept-01200");
+        check(Filter { text, ..Filter::default() }, 0, 100, "concept-01200");
         let equal = vec![("kind", "person".to_owned().into()), ("class_word", "cat".to_owned().into())];
-        time("kind and class", Filter { equal, ..Filter::default() }, 0, 834, "concept-00001");
+        check(Filter { equal, ..Filter::default() }, 0, 834, "concept-00001");
         let mut filter = Filter::default();
         filter.in_partition(&entry(0).partition.unwrap(), Some(3));
-        time("slot", filter, 0, 625, "concept-00003");
+        check(filter, 0, 625, "concept-00003");
     }
 
     #[test]

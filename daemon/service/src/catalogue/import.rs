@@ -30,9 +30,15 @@ impl Catalogue {
         let entry = AdapterEntry::of(&adapter, size);
         file.as_file().sync_all().map_err(|e| io(&e))?;
         let path = self.adapter_path(&entry.digest);
+        let _whole = self.lock_files();
+        let known = path.exists();
         file.persist(&path).map_err(|e| io(&e.error))?;
-        sync_folder(&folder)?;
-        self.add_adapter(&entry)?;
+        let noted = sync_folder(&folder).and_then(|()| self.add_adapter(&entry));
+        if noted.is_err() && !known {
+            // No entry, no file: the error that is said is this one's cause.
+            let _ = std::fs::remove_file(&path);
+        }
+        noted?;
         self.find_adapter(&entry.digest)
     }
 
@@ -68,6 +74,22 @@ impl Catalogue {
         Ok(done)
     }
 
+    /// Removes an adapter: first its entry, then its file. After an end in between the next start brings it back.
+    pub fn remove_adapter(&self, digest: &str) -> Result<()> {
+        let path = self.adapter_path(digest);
+        let _whole = self.lock_files();
+        self.with(|c| c.execute("DELETE FROM adapters WHERE digest = ?", [digest]))?;
+        match std::fs::remove_file(&path) {
+            Ok(()) => sync_folder(&self.folder().join("adapters")),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io(path.display(), &e)),
+        }
+    }
+
+    fn lock_files(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.files.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// Opens an adapter of the library. A missing or damaged file is noted in the catalogue.
     pub fn open_adapter(&self, digest: &str) -> Result<Adapter> {
         let path = self.adapter_path(digest);
@@ -91,6 +113,30 @@ impl Catalogue {
     }
 }
 
+/// Makes what was renamed or removed in `folder` survive a power failure.
 fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder.display(), &e))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_adapter_that_comes_and_goes_at_once_is_whole_or_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        let starter = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("starter");
+        let bytes = std::fs::read(starter.join("adapters/poodle.safetensors")).unwrap();
+        let digest = catalogue.import_bytes(bytes.clone(), "poodle").unwrap().digest;
+        for _ in 0..20 {
+            std::thread::scope(|scope| {
+                scope.spawn(|| catalogue.import_bytes(bytes.clone(), "poodle").unwrap());
+                scope.spawn(|| catalogue.remove_adapter(&digest).unwrap());
+            });
+            let known = catalogue.count_adapters(&Filter::default()).unwrap() == 1;
+            assert_eq!(catalogue.adapter_path(&digest).exists(), known);
+        }
+    }
 }

@@ -20,6 +20,8 @@ use crate::error::{Error, Kind, Result};
 /// The catalogue of one state folder.
 pub struct Catalogue {
     connection: Mutex<Connection>,
+    /// Held while an adapter's file and its entry come or go, so that no other thread sees one without the other.
+    files: Mutex<()>,
     folder: PathBuf,
     /// Whether it is only in memory, because the folder cannot be written.
     volatile: bool,
@@ -37,7 +39,12 @@ impl Catalogue {
         schema::migrate(&mut connection).map_err(|e| e.context(path.display()))?;
         let adapters = folder.join("adapters");
         std::fs::create_dir_all(&adapters).map_err(|e| Error::io(adapters.display(), &e))?;
-        Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: false })
+        Ok(Self {
+            connection: Mutex::new(connection),
+            files: Mutex::default(),
+            folder: folder.to_owned(),
+            volatile: false,
+        })
     }
 
     /// A catalogue that is gone with the process, for a folder that cannot be written; it begins with what is there.
@@ -52,7 +59,12 @@ impl Catalogue {
                 tracing::error!("{}: cannot be read: {error}", path.display());
             }
         }
-        Ok(Self { connection: Mutex::new(connection), folder: folder.to_owned(), volatile: true })
+        Ok(Self {
+            connection: Mutex::new(connection),
+            files: Mutex::default(),
+            folder: folder.to_owned(),
+            volatile: true,
+        })
     }
 
     /// The state folder.

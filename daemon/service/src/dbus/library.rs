@@ -110,6 +110,16 @@ pub fn show(daemon: &Daemon, entry: AdapterEntry) -> String {
     path
 }
 
+/// Fails on a value that no entry can have, which would find nothing without saying why.
+fn one_of(key: &str, value: Option<&str>, known: &[&str]) -> Result<()> {
+    match value {
+        Some(value) if !known.contains(&value) => {
+            Err(Error::option(format!("option {key:?}: {value:?} is not one of {}", known.join(", "))))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn filter_of(filter: Dict) -> Result<Filter> {
     let mut options = Options::new(filter);
     let mut filter = Filter {
@@ -120,6 +130,11 @@ fn filter_of(filter: Dict) -> Result<Filter> {
     };
     for column in ["name", "kind", "class_word", "architecture", "base_digest", "algorithm", "state"] {
         if let Some(value) = options.string(column)? {
+            match column {
+                "kind" => one_of(column, Some(&value), &["subject", "person", "scene", "style"])?,
+                "state" => one_of(column, Some(&value), &["ok", "missing", "corrupt"])?,
+                _ => {}
+            }
             filter.equal.push((column, Column::Text(value)));
         }
     }
@@ -225,6 +240,8 @@ async fn list_jobs(call: &Call, method: &Method) -> Answer {
     let (state, kind, uid) = (options.string("state")?, options.string("kind")?, options.u32("uid")?);
     let active = options.boolean("active")?;
     options.finish()?;
+    one_of("state", state.as_deref(), &["queued", "running", "done", "failed", "cancelled"])?;
+    one_of("kind", kind.as_deref(), &["generate", "train", "merge", "bake", "load-model", "validate", "empty"])?;
     let mut live = call.daemon.jobs();
     live.retain(|job| {
         let (own, is_final) = job.status(|s| (s.state.name(), s.state.is_final()));

@@ -28,6 +28,8 @@ use crate::objects::{CompositionObject, Object, object_path, path_of};
 pub const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
 /// How long a lease lasts by default.
 const LEASE_USEC: u64 = 24 * 60 * 60 * 1_000_000;
+/// Bytes of a prompt: far more than any text encoder reads, and little enough to be told so at once.
+const PROMPT_BYTES_MAX: usize = 64 << 10;
 /// Pictures of one training.
 const PICTURES_MAX: usize = 10_000;
 
@@ -142,6 +144,12 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
             work.guidance_scale
         ))
         .into());
+    }
+    for (name, prompt) in [("prompt", &work.prompt), ("negative_prompt", &work.negative_prompt)] {
+        if prompt.len() > PROMPT_BYTES_MAX {
+            let message = format!("{name}: {} bytes, at most {PROMPT_BYTES_MAX} are allowed; shorten it", prompt.len());
+            return Err(Error::option(message).into());
+        }
     }
     check_size(&call.daemon, &work)?;
     // A wrong method is said now, not when the job runs.

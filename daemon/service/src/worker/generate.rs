@@ -63,6 +63,8 @@ impl Worker {
             let picture = self.draw(job, work, &model, &request, image)?;
             let parameters = GenerationParameters {
                 merge: merge.clone(),
+                // As it was asked for: another name of a sampler stands for settings.
+                sampler: work.sampler.clone(),
                 sampler_config: work.sampler_config.clone(),
                 ..request.parameters(&model, 0, &adapters)
             };

@@ -285,6 +285,26 @@ impl Client {
     }
 }
 
+/// That the daemon lives and works.
+pub async fn alive(daemon: &mut Daemon, client: &Client) {
+    let job: OwnedObjectPath = client.call(ROOT, "Manager", "EmptyJob", &(Dict::new(),)).await.unwrap();
+    client.wait(job.as_str()).await.unwrap();
+    assert!(daemon.lives());
+}
+
+/// The step that a job is at, and its steps in all.
+pub async fn step_of(client: &Client, job: &str) -> (u32, u32) {
+    let value = client.get::<OwnedVariant>(job, "Job", "Step").await;
+    zbus::Structure::try_from(value).unwrap().try_into().unwrap()
+}
+
+/// What a drawing asks for that takes `steps` steps.
+pub fn long(steps: u32) -> Dict {
+    let mut params = small("a dog", 1);
+    params.insert("steps".to_owned(), OwnedVariant::from(steps));
+    params
+}
+
 /// a(oa{sv})
 pub fn entries_of(entries: &[(&str, f64)]) -> Vec<(zbus::ObjectPath<'static>, Dict)> {
     let entry = |(path, weight): &(&str, f64)| {

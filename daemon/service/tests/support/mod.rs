@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use blocklora_engine::sample::Sampler;
 use blocklora_service::plugins::{Options, Plugins};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// A host of its own, with records of its own.
@@ -29,9 +29,5 @@ pub fn plugins() -> &'static Plugins {
 
 /// A sampler by its usual name.
 pub fn sampler(name: &str) -> Arc<dyn Sampler> {
-    let (id, settings) = match name.strip_suffix("-karras") {
-        Some(id) => (id, json!({"karras": true})),
-        None => (name, Value::Null),
-    };
-    plugins().sampler(id, &settings).unwrap()
+    plugins().sampler(name, &Value::Null).unwrap()
 }
