@@ -202,7 +202,7 @@ async fn inside(daemon: &Daemon) -> anyhow::Result<Vec<Finding>> {
     for device in &status.devices {
         let says = format!("{} ({}): {}", device.id, device.name, device.state);
         findings.push(match device.state.as_str() {
-            "ready" => finding("device", Verdict::Ok, says, ""),
+            "ready" => finding("device", Verdict::Ok, format!("{says}: {}", device.reason), ""),
             state => {
                 let cure = match state {
                     "suspended" => "wake the machine up; the device comes back by itself",

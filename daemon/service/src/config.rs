@@ -103,6 +103,7 @@ pub struct Models {
     pub folders: BTreeMap<String, PathBuf>,
     pub default: String,
     pub load_at_start: bool,
+    pub device: String,
     pub precision: Precision,
     pub idle_unload_sec: u64,
     pub resident_max: usize,
@@ -115,6 +116,7 @@ impl Default for Models {
             folders: BTreeMap::new(),
             default: String::new(),
             load_at_start: false,
+            device: "auto".to_owned(),
             precision: Precision::F32,
             idle_unload_sec: 900,
             resident_max: 1,
@@ -208,6 +210,9 @@ impl Config {
             let found = text.lines().position(|line| line.trim_start().starts_with(key));
             Err(Error::option(format!("line {}: {key} {reason}", found.map_or(1, |at| at + 1))))
         };
+        if self.models.device.parse::<blocklora_engine::device::Wanted>().is_err() {
+            return fail("device", "must be \"auto\", \"cpu\", \"cuda\" or \"cuda:NUMBER\"");
+        }
         if self.models.resident_max == 0 {
             return fail("resident_max", "must be at least 1");
         }
@@ -284,6 +289,8 @@ mod tests {
         assert!(message.starts_with("line 2: "), "{message}");
         let message = Config::parse("[models]\n\nresident_max = 0\n").unwrap_err().message;
         assert_eq!(message, "line 3: resident_max must be at least 1");
+        let message = Config::parse("[models]\ndevice = \"gpu\"\n").unwrap_err().message;
+        assert_eq!(message, "line 2: device must be \"auto\", \"cpu\", \"cuda\" or \"cuda:NUMBER\"");
         assert!(Config::parse("[jobs\n").unwrap_err().message.starts_with("line 1: "));
     }
 

@@ -306,6 +306,27 @@ fn a_wrong_configuration_is_an_error_with_its_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_device_is_named_with_its_reason_and_one_that_is_missing_ends_the_daemon() {
+    let mut daemon = Daemon::start_with(None, "[models]\ndevice = \"cpu\"\n", &[]);
+    let client = daemon.client().await;
+    let devices: Vec<Dict> = client.get(ROOT, "Manager", "Devices").await;
+    let text = |key: &str| String::try_from(devices[0][key].try_clone().unwrap()).unwrap();
+    assert_eq!((text("id").as_str(), text("state").as_str()), ("cpu", "ready"));
+    assert_eq!(text("reason"), "it was asked for");
+    assert!(daemon.log().contains("device cpu: it was asked for"), "{}", daemon.log());
+    alive(&mut daemon, &client).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.toml");
+    std::fs::write(&path, "[models]\ndevice = \"cuda:77\"\n").unwrap();
+    let mut command = Command::new(common::blocklorad());
+    command.args(["--bus", "none", "--config"]).arg(&path).arg("--state").arg(dir.path());
+    let output = command.env("XDG_RUNTIME_DIR", dir.path()).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("models.device: ") && text.contains("cuda:77"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sighup_reads_the_configuration_again() {
     let mut daemon = Daemon::start_with(None, "[jobs]\nqueue_limit = 5\n", &[]);
     let client = daemon.client().await;

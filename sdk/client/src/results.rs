@@ -146,7 +146,7 @@ pub struct Device {
     pub free_bytes: u64,
     /// "ready", "suspended", "lost" or "unavailable".
     pub state: String,
-    /// Why it is not ready.
+    /// Why it was chosen, or why it is not ready.
     pub reason: String,
 }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use blocklora_engine::device::Chosen;
 use tokio::sync::{Notify, mpsc};
 
 use crate::authority::Authority;
@@ -22,9 +23,6 @@ use crate::jobs::work::{Train, Work};
 use crate::jobs::{Job, Lifetime, ResultFile, Stop, Ticket, now_usec};
 use crate::methods::Methods;
 use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
-
-/// The one device of this version.
-pub const DEVICE: &str = "cpu";
 
 /// What all parts share.
 pub struct Daemon {
@@ -55,7 +53,9 @@ pub struct Daemon {
     /// Jobs that run now.
     running: Mutex<Vec<Arc<Job>>>,
     idle_unload_usec: Mutex<Option<u64>>,
-    device: Mutex<(&'static str, String)>,
+    /// What computes, and why it was chosen.
+    pub device: Chosen,
+    device_state: Mutex<(&'static str, String)>,
     stopping: AtomicBool,
     /// Wakes whoever waits for the daemon's end.
     pub stop: Notify,
@@ -77,6 +77,7 @@ impl Daemon {
         catalogue: Catalogue,
         methods: Arc<dyn Methods>,
         authority: Authority,
+        device: Chosen,
     ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Arc<Job>>)> {
         let boot = catalogue.next_boot()?;
         let (finished, receiver) = mpsc::unbounded_channel();
@@ -97,7 +98,8 @@ impl Daemon {
             finished,
             running: Mutex::default(),
             idle_unload_usec: Mutex::default(),
-            device: Mutex::new(("ready", String::new())),
+            device_state: Mutex::new(("ready", device.reason.clone())),
+            device,
             stopping: AtomicBool::new(false),
             stop: Notify::new(),
             last_activity: Mutex::new(Instant::now()),
@@ -120,6 +122,9 @@ impl Daemon {
     pub fn reload(&self) -> Result<()> {
         let files = self.config_files();
         let config = Config::read(&files)?;
+        if config.models.device != self.config().models.device {
+            tracing::warn!("models.device = {:?} counts from the next start", config.models.device);
+        }
         self.config.write().unwrap_or_else(PoisonError::into_inner).0 = Arc::new(config);
         *lock(&self.idle_unload_usec) = None;
         self.add_configured_models();
@@ -388,12 +393,18 @@ impl Daemon {
 
     /// Devices as the interface shows them.
     pub fn device_properties(&self) -> Dict {
-        let (state, reason) = lock(&self.device).clone();
-        let (total, free) = crate::life::memory::system();
+        let (state, reason) = lock(&self.device_state).clone();
+        // Only the CPU's memory is known without asking a driver; 0 is unknown.
+        let (is_cpu, number) = match self.device.name.split_once(':') {
+            Some((_, number)) => (false, number),
+            None => (true, ""),
+        };
+        let (total, free) = if is_cpu { crate::life::memory::system() } else { (0, 0) };
+        let name = if is_cpu { crate::life::memory::processor() } else { format!("NVIDIA GPU {number}") };
         dict([
-            ("id", own(DEVICE)),
-            ("kind", own("cpu")),
-            ("name", own(crate::life::memory::processor())),
+            ("id", own(self.device.name.clone())),
+            ("kind", own(self.device.name.split(':').next().unwrap_or_default().to_owned())),
+            ("name", own(name)),
             ("memory_bytes", own(total)),
             // In steps, so that it does not change with every breath.
             ("free_bytes", own(free >> 28 << 28)),
@@ -404,7 +415,8 @@ impl Daemon {
 
     /// Notes how the device is.
     pub fn set_device_state(&self, state: &'static str, reason: &str) {
-        *lock(&self.device) = (state, reason.to_owned());
+        let reason = if state == "ready" { &self.device.reason } else { reason };
+        *lock(&self.device_state) = (state, reason.to_owned());
         self.touch(ROOT);
     }
 

@@ -16,7 +16,7 @@ use super::value::{Dict, Options};
 use super::{entries_of, set_of};
 use crate::catalogue::{adapters::kind_from_name, scheme_from_name};
 use crate::config::Precision;
-use crate::daemon::{DEVICE, Daemon};
+use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::Control;
 use crate::jobs::work::{DEFAULT_SAMPLER, Generate, Train, Work};
@@ -224,8 +224,9 @@ async fn load_model(call: &Call) -> Result<Arc<Job>, Refusal> {
     let precision = options.string("precision")?;
     let unknown = |name: &str| Error::option(format!("option \"precision\": {name:?} is not f32, f16 or bf16"));
     let precision = precision.map(|name| Precision::from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
-    if let Some(device) = options.string("device")?.filter(|device| device != DEVICE) {
-        return Err(Error::new(Kind::NotSupported, format!("there is no device {device:?}; there is {DEVICE}")).into());
+    let own = &call.daemon.device.name;
+    if let Some(device) = options.string("device")?.filter(|device| device != own) {
+        return Err(Error::new(Kind::NotSupported, format!("there is no device {device:?}; there is {own}")).into());
     }
     let keep_alive = options.u64("keep_alive_usec")?;
     options.finish()?;
@@ -241,8 +242,9 @@ async fn reclaim(call: &Call, method: &Method) -> Answer {
     let (device, bytes, options): (String, u64, Dict) = call.args()?;
     no_options(options)?;
     call.authorize("manage-models").await?;
-    if !device.is_empty() && device != DEVICE {
-        return Err(Error::option(format!("there is no device {device:?}; there is {DEVICE}")).into());
+    let own = &call.daemon.device.name;
+    if !device.is_empty() && device != *own {
+        return Err(Error::option(format!("there is no device {device:?}; there is {own}")).into());
     }
     let (reply, freed) = oneshot::channel();
     call.daemon.queue.control(Control::Reclaim { bytes, reply });

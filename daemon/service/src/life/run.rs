@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blocklora_engine::device;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -89,6 +90,10 @@ fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
 async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
     let (config, files) = read_config(options)?;
     let bus = config.daemon.bus;
+    // A device that is asked for and cannot be had ends the daemon: nothing computes elsewhere in silence.
+    let device = config.models.device.parse().and_then(device::choose);
+    let device = device.map_err(|e| Error::from(e).context("models.device"))?;
+    tracing::info!("device {device}");
     let folder = paths::state_dir(&config)?;
     let made = std::fs::create_dir_all(&folder);
     if !folder.is_dir() {
@@ -102,7 +107,8 @@ async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Method
     let mut _device = None;
     if let Some(folder) = path.as_ref().and_then(|path| path.parent()) {
         std::fs::create_dir_all(folder).map_err(|e| Error::io(folder.display(), &e))?;
-        _device = Some(lock::file(&folder.join("device-cpu.lock"), "device's lock")?);
+        let name = format!("device-{}.lock", device.name);
+        _device = Some(lock::file(&folder.join(name), "device's lock")?);
     }
     let socket = match (handed, path) {
         (Some(socket), _) => Some(socket),
@@ -115,7 +121,7 @@ async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Method
 
     let load_at_start = config.models.load_at_start;
     let methods = methods(&config);
-    let (daemon, finished) = Daemon::new(config, files, catalogue, methods, Authority::default())?;
+    let (daemon, finished) = Daemon::new(config, files, catalogue, methods, Authority::default(), device)?;
     daemon.add_known_models()?;
     for method in daemon.methods.list() {
         daemon.add_object(&path_of("plugin", &method.id), Object::Plugin(method.id.clone()));

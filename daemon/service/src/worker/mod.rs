@@ -36,7 +36,7 @@ struct Worker {
 
 /// Starts the worker's thread. It ends when the queue stops.
 pub fn start(daemon: Arc<Daemon>) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let builder = std::thread::Builder::new().name("device-cpu".to_owned());
+    let builder = std::thread::Builder::new().name(format!("device-{}", daemon.device.name));
     builder.spawn(move || {
         let residents = Residents::new(daemon.clone());
         Worker { daemon, residents }.serve();

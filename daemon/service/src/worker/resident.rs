@@ -9,12 +9,12 @@ use blocklora_engine::merge::strategy::LayerInfo;
 use blocklora_engine::merge::{MergeReport, Merger, Target};
 use blocklora_engine::model::{Component, Model};
 use blocklora_engine::nn::LayerId;
-use blocklora_engine::{Device, text};
+use blocklora_engine::text;
 
 use super::cache::Cache;
 use crate::catalogue::models::ModelEntry;
 use crate::config::Precision;
-use crate::daemon::{DEVICE, Daemon};
+use crate::daemon::Daemon;
 use crate::dbus::sets::{check_base, plan_error};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::Job;
@@ -113,7 +113,7 @@ impl Residents {
             let message = format!("model {id:?} needs about {files} bytes of memory, {free} are free");
             return Err(Error::new(Kind::OutOfDeviceMemory, message));
         }
-        let model = Model::load(path, &Device::Cpu, precision.dtype()).map_err(fail)?;
+        let model = Model::load(path, &self.daemon.device.device, precision.dtype()).map_err(fail)?;
         let target = |(i, info): (usize, &LayerInfo)| Target {
             info: info.clone(),
             live: model.live(LayerId(i)).clone(),
@@ -148,7 +148,7 @@ impl Residents {
             state.size = (entry.width, entry.height);
             state.size_multiple = entry.size_multiple;
             (state.state, state.problem) = ("loaded", None);
-            state.loaded = Some((DEVICE.to_owned(), resident.precision, resident.bytes));
+            state.loaded = Some((self.daemon.device.name.clone(), resident.precision, resident.bytes));
             state.last_used = Some(Instant::now());
         }
         self.daemon.touch(&object.object_path());
