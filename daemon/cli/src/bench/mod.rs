@@ -1,7 +1,8 @@
-//! `blocklora bench`: how fast this machine merges and trains.
+//! `blocklora bench`: how fast this machine merges and trains, and what plugins cost.
 
 mod merge;
 mod model;
+mod plugins;
 mod step;
 
 use std::num::NonZeroUsize;
@@ -10,6 +11,7 @@ use std::num::NonZeroUsize;
 #[derive(clap::Subcommand)]
 pub enum Command {
     Merge(merge::Args),
+    Plugins(plugins::Args),
     Step(step::Args),
     /// Measure one prediction of the UNet
     Unet(model::Args),
@@ -29,6 +31,7 @@ pub enum Command {
 pub fn run(command: &Command, threads: Option<NonZeroUsize>) -> anyhow::Result<()> {
     match command {
         Command::Merge(args) => merge::run(args, threads),
+        Command::Plugins(args) => plugins::run(args, threads),
         Command::Step(args) => step::run(args),
         Command::Unet(args) => model::run(args, model::Part::Unet),
         Command::Vae(args) => model::run(args, model::Part::Vae),

@@ -84,15 +84,11 @@ pub fn merge(
         DType::BF16 => "bf16",
         other => return Err(Error::option("precision", format!("{other:?}"), "it must be f32, f16 or bf16")),
     };
-    let in_range = |name, value: usize, max: usize| {
-        let reason = format!("it must be 1 to {max}");
-        if (1..=max).contains(&value) { Ok(()) } else { Err(Error::option(name, value, reason)) }
-    };
-    in_range("capacity", capacity as usize, 4096)?;
-    in_range("adapters", adapters, capacity as usize)?;
-    in_range("rank", rank, 1024)?;
-    in_range("threads", threads, 1024)?;
-    in_range("repeats", repeats, 10_000)?;
+    check_range("capacity", capacity as usize, 4096)?;
+    check_range("adapters", adapters, capacity as usize)?;
+    check_range("rank", rank, 1024)?;
+    check_range("threads", threads, 1024)?;
+    check_range("repeats", repeats, 10_000)?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()
@@ -171,7 +167,13 @@ pub fn merge(
     })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Fails unless `value` is 1 to `max`.
+pub(super) fn check_range(name: &str, value: usize, max: usize) -> Result<()> {
+    let reason = format!("it must be 1 to {max}");
+    if (1..=max).contains(&value) { Ok(()) } else { Err(Error::option(name, value, reason)) }
+}
+
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -182,7 +184,7 @@ fn is_pristine(targets: &[Target]) -> Result<bool> {
     same.try_reduce(|| true, |one, other| Ok(one && other))
 }
 
-fn random_adapter(
+pub(super) fn random_adapter(
     layers: &[LayerInfo],
     rank: usize,
     capacity: u32,
@@ -236,7 +238,7 @@ impl safetensors::View for RandomTensor {
     }
 }
 
-fn write_random(layers: &[LayerInfo], precision: DType, path: &std::path::Path) -> Result<()> {
+pub(super) fn write_random(layers: &[LayerInfo], precision: DType, path: &std::path::Path) -> Result<()> {
     let tensor = |(info, lane): (&LayerInfo, u16)| {
         (info.name.clone(), RandomTensor { shape: [info.rows, info.columns], precision, lane })
     };

@@ -67,6 +67,6 @@ mod tests {
     fn sd15_has_176_attention_linears() {
         let layers = Shape::Sd15.attention_layers();
         let rank4: usize = layers.iter().take(128).map(|layer| 4 * (layer.rows + layer.columns)).sum();
-        assert_eq!((layers.len(), rank4), (176, 797_184)); // the parameters of rank-4 adapters that ED-LoRA reports
+        assert_eq!((layers.len(), rank4), (176, 797_184)); // as published for adapters of rank 4
     }
 }
