@@ -1,6 +1,8 @@
 //! The plugins of this build.
 #![allow(clippy::unwrap_used, dead_code)]
 
+pub mod live;
+
 use std::sync::{Arc, OnceLock};
 
 use blocklora_engine::sample::Sampler;
