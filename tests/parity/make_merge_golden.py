@@ -62,6 +62,19 @@ def sum_times(coefficient):
     return lambda layer, taus: sum((coefficient(adapter) * tau for adapter, tau in taus), np.zeros(LAYERS[layer][1:]))
 
 
+def by_owners(made):
+    """BlockLoRA: each row of a layer is divided by the number of adapters that own it."""
+
+    def merge_layer(layer, taus):
+        owners = np.zeros(LAYERS[layer][1])
+        for adapter, _ in taus:
+            owners[adapter["factors"][layer]["rows"]] += 1
+        shares = 1 / np.maximum(owners, 1)[:, None]
+        return sum((adapter["weight"] * shares * tau for adapter, tau in taus), np.zeros(LAYERS[layer][1:]))
+
+    return merge(made, merge_layer)
+
+
 def trim(tau, reference, k):
     """Keeps of tau what is among the k percent of reference with the greatest magnitude."""
     order = np.sort(np.abs(reference).ravel())[::-1]
@@ -120,6 +133,8 @@ def main(path):
     made = adapters()
     total = sum(WEIGHTS)
     runs = {
+        "blocklora clash=mean": by_owners(made),
+        "blocklora clash=mean normalise=sum1": merge(made, sum_times(lambda a: a["weight"] / total)),
         "weighted-average": merge(made, sum_times(lambda a: a["weight"] / total)),
         "orthogonal": merge(made, sum_times(lambda a: 0.6 * a["weight"])),
         "task-arithmetic": merge(made, sum_times(lambda a: 0.4 * a["weight"])),

@@ -1,6 +1,6 @@
 //! Orthogonal Adaptation's merge: what is trained in orthogonal subspaces adds up as it is.
 
-use blocklora_sdk::merge::{Adapter, Coefficients, Layer, LayerPlan, MergeStrategy, Plan, Term, present};
+use blocklora_sdk::merge::{Adapter, Layer, MergeStrategy, Plan, weighted_sum};
 use blocklora_sdk::{Config, Job, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,11 +25,7 @@ impl Config for Orthogonal {}
 
 impl MergeStrategy for Orthogonal {
     fn plan(&self, _job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
-        let term = |(adapter, Adapter { weight, .. }, _): (usize, &Adapter<'_>, _)| Term {
-            adapter,
-            coefficients: Coefficients::Uniform(self.lambda * weight),
-        };
-        Ok((0..layers.len()).map(|index| LayerPlan::Factored(present(adapters, index).map(term).collect())).collect())
+        Ok(weighted_sum(layers, adapters, |_, adapter| self.lambda * adapter.weight))
     }
 }
 

@@ -1,8 +1,6 @@
 //! Weighted averaging, the usual way to merge adapters at once.
 
-use blocklora_sdk::merge::{
-    Adapter, Coefficients, Layer, LayerPlan, MergeStrategy, Plan, Term, present, weights_summing_to_one,
-};
+use blocklora_sdk::merge::{Adapter, Layer, MergeStrategy, Plan, weighted_sum, weights_summing_to_one};
 use blocklora_sdk::{Config, Job, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -19,9 +17,7 @@ impl Config for WeightedAverage {}
 impl MergeStrategy for WeightedAverage {
     fn plan(&self, _job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
         let alphas = weights_summing_to_one(adapters)?;
-        let term =
-            |(adapter, _, _): (usize, _, _)| Term { adapter, coefficients: Coefficients::Uniform(alphas[adapter]) };
-        Ok((0..layers.len()).map(|index| LayerPlan::Factored(present(adapters, index).map(term).collect())).collect())
+        Ok(weighted_sum(layers, adapters, |adapter, _| alphas[adapter]))
     }
 }
 

@@ -156,6 +156,16 @@ pub fn present<'a>(
     adapters.iter().enumerate().filter_map(move |(i, adapter)| Some((i, adapter, (*adapter.factors.get(index)?)?)))
 }
 
+/// The plan that adds every adapter to every layer that it changes, all of its rows with the coefficient `c(index,
+/// adapter)`: W = W0 + sum_i c_i s_i B_i A_i.
+pub fn weighted_sum(layers: &[Layer], adapters: &[Adapter<'_>], c: impl Fn(usize, &Adapter<'_>) -> f32) -> Plan {
+    let term = |(adapter, what, _): (usize, &Adapter<'_>, _)| Term {
+        adapter,
+        coefficients: Coefficients::Uniform(c(adapter, what)),
+    };
+    (0..layers.len()).map(|layer| LayerPlan::Factored(present(adapters, layer).map(term).collect())).collect()
+}
+
 /// The adapters' weights divided by their sum. Fails if the weights cancel each other.
 pub fn weights_summing_to_one(adapters: &[Adapter<'_>]) -> Result<Vec<f32>> {
     let sum: f32 = adapters.iter().map(|adapter| adapter.weight).sum();

@@ -48,6 +48,25 @@ pub fn check_law(law: Law, strategy: &dyn AnyMergeStrategy, problem: &Problem) -
     }
 }
 
+/// Tries every law of merging on many small problems: `strategy` must keep those that it `declares`, and no other; a law
+/// that it keeps by chance on one problem may be missing, one that it breaks on any may not be declared.
+pub fn check_laws(declares: &[Law], strategy: &dyn AnyMergeStrategy) -> Result<()> {
+    for law in [Law::Identity, Law::Order, Law::Scale] {
+        let mut kept = Ok(());
+        for seed in 1..20 {
+            let mut problem = Problem::random(seed, 1 + seed as usize % 5, seed % 2 == 0);
+            problem.set_weights(&[1.0, 0.5, 2.0, 0.75, 1.25]);
+            kept = kept.and_then(|()| check_law(law, strategy, &problem));
+        }
+        if declares.contains(&law) {
+            kept?;
+        } else if kept.is_ok() {
+            return Err(Error::new(Code::Failed, format!("the law {law:?} is kept: declare it")));
+        }
+    }
+    Ok(())
+}
+
 fn compare(problem: &Problem, merged: &[Vec<f32>], expected: &[Vec<f32>], what: &str) -> Result<()> {
     for (layer, (merged, expected)) in problem.layers.iter().zip(merged.iter().zip(expected)) {
         let largest = expected.iter().fold(1.0f32, |most, x| most.max(x.abs()));

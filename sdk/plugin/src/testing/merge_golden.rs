@@ -43,6 +43,12 @@ struct FileFactors {
 }
 
 impl MergeGolden {
+    /// Reads the file of this repository's plugins, in a test of one of them.
+    pub fn of_the_repository() -> Result<Self> {
+        let crate_folder = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+        Self::open(&Path::new(&crate_folder).join("../../tests/golden/merge.json"))
+    }
+
     /// Reads the file.
     pub fn open(path: &Path) -> Result<Self> {
         let File { layers, adapters, runs } = read_json(path)?;

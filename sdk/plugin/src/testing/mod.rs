@@ -14,7 +14,7 @@ pub use composed::{LayerNumbers, Problem, merge};
 pub use gaussian::Gaussian;
 pub use golden::{SamplerGolden, check_sampler};
 pub use job::TestJob;
-pub use laws::check_law;
+pub use laws::{check_law, check_laws};
 pub use merge_golden::{MergeGolden, check_merge};
 pub use quadratic::Quadratic;
 pub use sampling::{check_sampler_contract, moment_error, order_of_convergence};
