@@ -6,6 +6,8 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 
+use crate::settings::Setting;
+
 /// Storage type of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
@@ -77,11 +79,18 @@ pub struct MergeArgs {
 #[command(next_help_heading = "Merging")]
 pub struct SetArgs {
     /// How concepts add up: blocklora, blocklora-sum1, average, or another strategy of `blocklora plugin list`
-    #[arg(long, value_name = "NAME", default_value = "blocklora")]
-    pub strategy: String,
+    /// [default: the daemon's, usually blocklora]
+    #[arg(long, value_name = "NAME")]
+    pub strategy: Option<String>,
     /// What to do with concepts that own the same rows
     #[arg(long, value_enum, default_value = "refuse")]
     pub on_clash: Clash,
+    /// A file of the strategy's settings, TOML; `blocklora plugin info merge-NAME` explains them
+    #[arg(long, value_name = "FILE.toml")]
+    pub merge_config: Option<PathBuf>,
+    /// A setting of the strategy, such as lambda=0.4; may be given many times, and counts more than the file
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub merge_settings: Vec<Setting>,
 }
 
 /// How to sample.

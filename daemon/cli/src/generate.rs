@@ -9,6 +9,7 @@ use crate::daemon::{self, choose_model, watch};
 use crate::like::{self, Recipe};
 use crate::output::{self, OutputFile};
 use crate::set::{self, Members};
+use crate::settings::{self, Setting};
 use crate::terminal::{Preview, Screen};
 
 /// Draw a prompt, with any number of concepts merged into the model
@@ -54,6 +55,9 @@ pub struct Args {
     /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list` [default: dpmpp-2m]
     #[arg(long, value_name = "NAME", help_heading = "Sampling")]
     sampler: Option<String>,
+    /// A setting of the sampler, such as eta=0.5; may be given many times
+    #[arg(long = "sampler-set", value_name = "KEY=VALUE", help_heading = "Sampling")]
+    sampler_settings: Vec<Setting>,
     /// Size in pixels: one number, or WIDTHxHEIGHT [default: the model's own]
     #[arg(long, help_heading = "Sampling")]
     size: Option<Size>,
@@ -86,18 +90,18 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
 }
 
 /// The request that `args` make, on top of how another picture was drawn.
-fn request(args: &Args, recipe: Option<&Recipe>) -> Generate {
-    let (strategy, strategy_config) = set::strategy(&args.set);
-    let mut request = Generate {
-        strategy: Some(strategy),
-        strategy_config,
-        count: Some(u32::from(args.count)),
-        formats: vec!["png".into()],
-        ..Generate::default()
-    };
+fn request(args: &Args, recipe: Option<&Recipe>) -> anyhow::Result<Generate> {
+    let mut request =
+        Generate { count: Some(u32::from(args.count)), formats: vec!["png".into()], ..Generate::default() };
     if let Some(recipe) = recipe {
         recipe.apply(&mut request);
     }
+    let (strategy, strategy_config) = set::strategy(&args.set)?;
+    if strategy.is_some() {
+        request.strategy = strategy;
+        request.strategy_config.clear();
+    }
+    request.strategy_config.extend(strategy_config);
     if let Some(prompt) = &args.prompt {
         request.prompt.clone_from(prompt);
     }
@@ -113,7 +117,8 @@ fn request(args: &Args, recipe: Option<&Recipe>) -> Generate {
         request.sampler = Some(name.clone());
         request.sampler_config.clear();
     }
-    request
+    request.sampler_config.extend(settings::read(None, &args.sampler_settings)?);
+    Ok(request)
 }
 
 async fn draw(
@@ -130,7 +135,7 @@ async fn draw(
         recipe.check_model(&model)?;
     }
     let members = Members::new(&daemon, &model, with).await?;
-    let mut request = request(args, recipe);
+    let mut request = request(args, recipe)?;
     members.check_prompt(&request.prompt, &model)?;
     members.check_prompt(request.negative_prompt.as_deref().unwrap_or_default(), &model)?;
     request.target = Some(model.model.path().clone().into());

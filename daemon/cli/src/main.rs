@@ -13,6 +13,7 @@ mod output;
 mod plot;
 mod progress;
 mod set;
+mod settings;
 mod table;
 mod terminal;
 

@@ -72,9 +72,9 @@ async fn bake(args: &Args, options: &daemon::Options, folder: &OutputFolder) -> 
     let model = choose_model(&daemon, &ModelArgs { base: args.base.clone(), precision: None }).await?;
     let members = Members::new(&daemon, &model, &args.files).await?;
     members.check_prompt("", &model)?;
-    let (strategy, strategy_config) = set::strategy(&args.set);
+    let (strategy, strategy_config) = set::strategy(&args.set)?;
     let request = Merge {
-        strategy,
+        strategy: strategy.unwrap_or_default(),
         strategy_config,
         adapters: members.entries(),
         model: Some(model.state.id.clone()),

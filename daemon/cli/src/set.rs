@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::args::{Clash, SetArgs, WeightedFile};
 use crate::daemon::{ChosenModel, Daemon, State};
+use crate::settings;
 
 /// An adapter, its weight, and how messages call it.
 pub struct Member {
@@ -119,20 +120,21 @@ fn check_base(adapter: &AdapterState, model: &ChosenModel, path: &Path) -> anyho
     Ok(())
 }
 
-/// The id and the settings of the strategy that `args` choose.
-pub fn strategy(args: &SetArgs) -> (String, Map<String, Value>) {
+/// The id (none: the daemon's usual one) and the settings of the strategy that `args` choose.
+pub fn strategy(args: &SetArgs) -> anyhow::Result<(Option<String>, Map<String, Value>)> {
     let mut config = Map::new();
-    let id = match args.strategy.as_str() {
-        "blocklora-sum1" => {
+    let id = match args.strategy.as_deref() {
+        Some("blocklora-sum1") => {
             config.insert("normalise".into(), "sum1".into());
-            "blocklora"
+            Some("blocklora")
         }
-        "average" => "weighted-average",
+        Some("average") => Some("weighted-average"),
         id => id,
     };
     // Only a strategy that refuses shared rows can be told not to.
-    if args.on_clash == Clash::Mean && id == "blocklora" {
+    if args.on_clash == Clash::Mean && id.is_none_or(|id| id == "blocklora") {
         config.insert("clash".into(), "mean".into());
     }
-    (id.to_owned(), config)
+    config.extend(settings::read(args.merge_config.as_deref(), &args.merge_settings)?);
+    Ok((id.map(str::to_owned), config))
 }

@@ -229,7 +229,7 @@ impl Train {
 /// A set to merge and keep.
 #[derive(Clone, Debug, Default)]
 pub struct Merge {
-    /// How they add up; empty: "blocklora".
+    /// How they add up; empty: as the daemon is configured.
     pub strategy: String,
     /// Settings of the strategy.
     pub strategy_config: Map<String, Value>,
@@ -245,13 +245,12 @@ pub struct Merge {
 
 impl Merge {
     pub(crate) fn arguments(&self) -> (String, Entries, Dict) {
-        let strategy = if self.strategy.is_empty() { "blocklora" } else { &self.strategy };
         let options = self.job.set(Options::new());
         let options = options
             .maybe("model", self.model.clone())
             .maybe("strategy_config", object(&self.strategy_config))
             .maybe("composition_lifetime", self.composition_lifetime.clone());
-        (strategy.to_owned(), entries(&self.adapters), options.into_dict())
+        (self.strategy.clone(), entries(&self.adapters), options.into_dict())
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::{Args, Rows};
+use crate::settings;
 
 /// What the trainer gets, and what is not its own business.
 pub struct Settings {
@@ -21,11 +22,7 @@ pub struct Settings {
 
 /// Reads the settings in `path`; `steps` counts more than what the file says. What the keys mean is the trainer's.
 pub fn read(path: Option<&Path>, steps: Option<u32>) -> anyhow::Result<Settings> {
-    let mut config: Map<String, Value> = Map::new();
-    if let Some(path) = path {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        config = toml::from_str(&text).with_context(|| format!("{}: not valid training settings", path.display()))?;
-    }
+    let mut config = settings::read(path, &[])?;
     if let Some(steps) = steps {
         config.insert("steps".into(), steps.into());
     }
