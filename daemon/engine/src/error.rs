@@ -128,4 +128,9 @@ impl Error {
     pub fn option(name: impl Into<String>, value: impl ToString, reason: impl Into<String>) -> Self {
         Self::InvalidOption { name: name.into(), value: value.to_string(), reason: reason.into() }
     }
+    /// An [`Error::Method`] of a method that broke its contract: nothing that its user can mend.
+    pub fn faulty_method(method: impl Into<String>, reason: impl std::fmt::Display) -> Self {
+        let reason = format!("{reason}: report it to the method's author, and use another one meanwhile");
+        Self::Method { method: method.into(), reason, fault: MethodFault::Failed }
+    }
 }

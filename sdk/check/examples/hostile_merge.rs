@@ -19,9 +19,7 @@ pub struct Hostile {
 
 impl Default for Hostile {
     fn default() -> Self {
-        if mode("panic-default") {
-            panic!("no defaults today");
-        }
+        misbehave("defaults");
         Self { factor: 1.0 }
     }
 }
@@ -58,7 +56,7 @@ impl MergeStrategy for Hostile {
             });
             terms.collect()
         };
-        let is_dense = ["dense", "panic-fill", "nan-fill", "tiles", "segfault-fill"].iter().any(|m| mode(m));
+        let is_dense = mode("dense") || mode("tiles") || current_mode().ends_with("-fill");
         let plan = |layer| if is_dense { LayerPlan::Dense(vec![]) } else { LayerPlan::Factored(term(layer)) };
         let planned = if mode("wrong-shape") { layers.len() - 1 } else { layers.len() };
         Ok((0..planned).map(plan).collect())

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 
 use crate::report::Status;
 use crate::subject::Subject;
@@ -19,6 +19,8 @@ pub fn run_one(arguments: &[OsString]) -> u8 {
         eprintln!("usage: TEST SEED RESULT FILE");
         return 2;
     };
+    // A test that hangs must not outlive whoever started it. The kernel keeps to that thread, which waits for this one.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
     let name = name.to_string_lossy();
     let Some(test) = all().find(|test| test.name == name) else {
         eprintln!("there is no test {name}");

@@ -26,7 +26,7 @@ fn the_honest_mode_of_each_passes() {
 
 /// Kind, mode, the test that is about it, how it ends, and what the line says.
 const CASES: &[(&str, &str, &str, Status, &str)] = &[
-    ("merge", "panic-default", "config.schema", Status::Failed, "no defaults today"),
+    ("merge", "panic-defaults", "config.schema", Status::Failed, "no defaults today"),
     ("merge", "panic-check", "config.round-trip", Status::Failed, "no settings today"),
     ("merge", "panic-plan", "merge.plan", Status::Failed, "no plan today"),
     ("merge", "panic-fill", "merge.plan", Status::Failed, "no fill today"),

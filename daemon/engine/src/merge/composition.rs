@@ -156,7 +156,7 @@ impl Composition {
         mut plan: Plan,
     ) -> Result<Self> {
         let wrong =
-            |layer: &str, reason: String| Error::option("plan of strategy", strategy.id(), format!("{layer}{reason}"));
+            |layer: &str, reason: String| Error::faulty_method(strategy.id(), format!("its plan: {layer}{reason}"));
         if plan.len() != layers.len() {
             return Err(wrong("", format!("it has {} layers, the model has {}", plan.len(), layers.len())));
         }

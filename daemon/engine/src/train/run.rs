@@ -110,8 +110,9 @@ fn check_plan(plan: &TrainPlan, concept: &Concept) -> Result<()> {
 }
 
 /// What was trained must be what the plan said.
-fn check_parameters(model: &Model, plan: &TrainPlan, parameters: &Parameters) -> Result<()> {
-    let wrong = |reason: String| Err(Error::option("trained parameters", "", reason));
+fn check_parameters(model: &Model, trainer: &dyn Trainer, plan: &TrainPlan, parameters: &Parameters) -> Result<()> {
+    let wrong =
+        |reason: String| Err(Error::faulty_method(&trainer.algorithm().id, format!("what it trained: {reason}")));
     let scale = match plan.delta {
         blocklora_spec::Delta::Alpha => plan.alpha,
         blocklora_spec::Delta::AlphaOverRank => plan.alpha / plan.rank as f32,
@@ -168,7 +169,7 @@ fn write(
     plan: &TrainPlan,
     parameters: &Parameters,
 ) -> Result<String> {
-    check_parameters(model, plan, parameters)?;
+    check_parameters(model, trainer, plan, parameters)?;
     let layers = model.layers();
     let manifest = Manifest {
         name: request.concept.name.clone(),

@@ -27,9 +27,7 @@ pub enum PluginError {
         reason: String,
     },
     /// It crashed or hung before.
-    #[error(
-        "plugin {name} is quarantined: {reason}; install a repaired version, or lift it with `blocklora plugin quarantine {name} --lift`"
-    )]
+    #[error("plugin {name} is quarantined: {reason}; {}", Self::cure_of_quarantine(name))]
     Quarantined {
         /// `<kind>-<id>`.
         name: String,
@@ -60,6 +58,13 @@ pub enum PluginError {
         /// Why.
         reason: String,
     },
+}
+
+impl PluginError {
+    /// What ends the quarantine of the plugin `name`.
+    pub fn cure_of_quarantine(name: &str) -> String {
+        format!("install a repaired version, or lift it with `blocklora plugin quarantine {name} --lift`")
+    }
 }
 
 /// The host's result.

@@ -6,22 +6,25 @@ use blocklora_engine::merge::strategy::{
     AdapterView, Coefficients, LayerInfo, LayerPlan, MergeStrategy, Plan, Term, Tile,
 };
 use blocklora_engine::{Error, MethodFault, Result};
-use blocklora_sdk::merge as sdk;
+use blocklora_sdk::{Code, merge as sdk};
 use blocklora_spec::Algorithm;
 
+use super::running::{Place, inside};
 use super::train::layers;
 
 pub struct PluginStrategy {
     algorithm: Algorithm,
     fingerprint: String,
     strategy: Box<dyn sdk::AnyMergeStrategy>,
+    /// In this process.
+    place: Option<Place>,
 }
 
 impl PluginStrategy {
-    pub fn new(algorithm: Algorithm, strategy: Box<dyn sdk::AnyMergeStrategy>) -> Self {
+    pub fn new(algorithm: Algorithm, strategy: Box<dyn sdk::AnyMergeStrategy>, place: Option<Place>) -> Self {
         let digest = algorithm.digest.as_deref().unwrap_or_default();
         let fingerprint = format!("{} {digest} {}", algorithm.id, algorithm.config);
-        Self { algorithm, fingerprint, strategy }
+        Self { algorithm, fingerprint, strategy, place }
     }
 
     fn failed(&self, error: blocklora_sdk::Error) -> Error {
@@ -32,14 +35,19 @@ impl PluginStrategy {
 /// A plugin's error as the engine's.
 pub fn failed(id: &str, error: blocklora_sdk::Error) -> Error {
     match error.code {
-        blocklora_sdk::Code::Cancelled => Error::Cancelled,
+        Code::Cancelled => Error::Cancelled,
         code => {
             let fault = match code {
-                blocklora_sdk::Code::InvalidConfig => MethodFault::Option,
-                blocklora_sdk::Code::Incompatible => MethodFault::Incompatible,
+                Code::Panicked | Code::Contract => return Error::faulty_method(id, error.message),
+                Code::InvalidConfig => MethodFault::Option,
+                Code::Incompatible => MethodFault::Incompatible,
                 _ => MethodFault::Failed,
             };
-            Error::Method { method: id.to_owned(), reason: error.message, fault }
+            let reason = match code {
+                Code::NotFinite => format!("{}: use other settings, or another method", error.message),
+                _ => error.message,
+            };
+            Error::Method { method: id.to_owned(), reason, fault }
         }
     }
 }
@@ -71,7 +79,9 @@ impl MergeStrategy for PluginStrategy {
     fn plan(&self, infos: &[LayerInfo], views: &[&dyn AdapterView]) -> Result<Plan> {
         let job = super::sample::QuietJob::default();
         let adapters = adapters(infos.len(), views);
-        let plan = self.strategy.plan(&job, &layers(infos), &adapters).map_err(|e| self.failed(e))?;
+        let layers = layers(infos);
+        let plan = inside(self.place.as_ref(), || self.strategy.plan(&job, &layers, &adapters));
+        let plan = plan.map_err(|e| self.failed(e))?;
         let term = |term: sdk::Term| Term {
             adapter: term.adapter,
             coefficients: match term.coefficients {
@@ -97,6 +107,6 @@ impl MergeStrategy for PluginStrategy {
             numbers: tile.numbers,
             rows: tile.first_row..tile.first_row + tile.rows,
         };
-        self.strategy.fill(&tile, delta).map_err(|e| self.failed(e))
+        inside(self.place.as_ref(), || self.strategy.fill(&tile, delta)).map_err(|e| self.failed(e))
     }
 }

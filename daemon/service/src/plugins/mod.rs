@@ -12,6 +12,7 @@ mod helper;
 mod merge;
 mod methods;
 mod records;
+mod running;
 mod sample;
 mod scan;
 mod settings;
@@ -39,6 +40,7 @@ use crate::methods::MethodInfo;
 pub use discover::{Broken, Found};
 pub use error::{PluginError, Result, noun};
 use records::{Records, Scanned};
+use running::{Place, Running};
 
 /// Where plugins' code runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +84,8 @@ pub struct Options {
     pub isolation: Isolation,
     /// How long a plugin in a worker may be silent before it counts as hanging.
     pub silence_max: Duration,
+    /// How long a scan may take.
+    pub scan_max: Duration,
 }
 
 impl Default for Options {
@@ -97,6 +101,7 @@ impl Default for Options {
             state,
             isolation: Isolation::from_environment().unwrap_or_default(),
             silence_max: worker::SILENCE_MAX,
+            scan_max: scan::TIME_LIMIT,
         }
     }
 }
@@ -140,6 +145,7 @@ pub struct Info {
 pub struct Plugins {
     options: Options,
     records: Arc<Records>,
+    running: Arc<Running>,
     /// Libraries that are open in this process, by digest.
     open: Mutex<HashMap<String, Library>>,
     /// What the daemon's list was last, and when.
@@ -155,7 +161,7 @@ struct Method {
 
 /// Where its code runs.
 enum Code {
-    Library(Library),
+    Library(Library, Place),
     Worker(worker::Worker),
 }
 
@@ -163,7 +169,8 @@ impl Plugins {
     /// The host.
     pub fn new(options: Options) -> Self {
         let records = Arc::new(Records::open(&options.state));
-        Self { options, records, open: Mutex::default(), listed: Mutex::default() }
+        let running = Arc::new(Running::open(&options.state, &records));
+        Self { options, records, running, open: Mutex::default(), listed: Mutex::default() }
     }
 
     /// All plugins by kind and id, and files that are no manifests. Loads nothing.
@@ -190,38 +197,50 @@ impl Plugins {
     pub fn set_quarantine(&self, kind: PluginKind, id: &str, reason: Option<&str>) -> Result<()> {
         let found = self.find(kind, id)?;
         let digest = self.digest(&found)?;
-        self.records.update(&digest, |record| record.quarantine = reason.map(str::to_owned));
+        self.records.update(&digest, |record| {
+            record.quarantine = reason.map(str::to_owned);
+            record.deaths = 0;
+        });
         Ok(())
     }
 
     /// The sampler `id` with these settings (an object; null for none).
     pub fn sampler(&self, id: &str, settings: &Value) -> Result<Arc<dyn Sampler>> {
         let Method { name, algorithm, code } = self.method(PluginKind::Sample, id, settings)?;
-        let sampler: Box<dyn AnySampler> = match code {
-            Code::Library(library) => library.sampler(&algorithm.config).map_err(|e| refused(&name, e))?,
-            Code::Worker(worker) => Box::new(worker),
+        let (sampler, place): (Box<dyn AnySampler>, _) = match code {
+            Code::Library(library, place) => {
+                let made = place.inside(|| library.sampler(&algorithm.config));
+                (made.map_err(|e| refused(&name, e))?, Some(place))
+            }
+            Code::Worker(worker) => (Box::new(worker), None),
         };
-        Ok(Arc::new(sample::PluginSampler { id: algorithm.id, sampler }))
+        Ok(Arc::new(sample::PluginSampler { id: algorithm.id, sampler, place }))
     }
 
     /// The merge strategy `id` with these settings.
     pub fn strategy(&self, id: &str, settings: &Value) -> Result<Arc<dyn MergeStrategy>> {
         let Method { name, algorithm, code } = self.method(PluginKind::Merge, id, settings)?;
-        let strategy: Box<dyn AnyMergeStrategy> = match code {
-            Code::Library(library) => library.strategy(&algorithm.config).map_err(|e| refused(&name, e))?,
-            Code::Worker(worker) => Box::new(worker),
+        let (strategy, place): (Box<dyn AnyMergeStrategy>, _) = match code {
+            Code::Library(library, place) => {
+                let made = place.inside(|| library.strategy(&algorithm.config));
+                (made.map_err(|e| refused(&name, e))?, Some(place))
+            }
+            Code::Worker(worker) => (Box::new(worker), None),
         };
-        Ok(Arc::new(merge::PluginStrategy::new(algorithm, strategy)))
+        Ok(Arc::new(merge::PluginStrategy::new(algorithm, strategy, place)))
     }
 
     /// The trainer `id` with these settings.
     pub fn trainer(&self, id: &str, settings: &Value) -> Result<Box<dyn Trainer>> {
         let Method { name, algorithm, code } = self.method(PluginKind::Train, id, settings)?;
-        let trainer: Box<dyn AnyTrainer> = match code {
-            Code::Library(library) => library.trainer(&algorithm.config).map_err(|e| refused(&name, e))?,
-            Code::Worker(worker) => Box::new(worker),
+        let (trainer, place): (Box<dyn AnyTrainer>, _) = match code {
+            Code::Library(library, place) => {
+                let made = place.inside(|| library.trainer(&algorithm.config));
+                (made.map_err(|e| refused(&name, e))?, Some(place))
+            }
+            Code::Worker(worker) => (Box::new(worker), None),
         };
-        Ok(Box::new(train::PluginTrainer { algorithm, trainer }))
+        Ok(Box::new(train::PluginTrainer { algorithm, trainer, place }))
     }
 
     /// The kind and the id in `<kind>-<id>`.
@@ -288,7 +307,7 @@ impl Plugins {
         }
         let scanned = match record.scanned {
             Some(scanned) if is_of(&scanned, &found.manifest) => scanned,
-            _ => scan::scan_in_helper(&self.records, &digest, found)?,
+            _ => scan::scan_in_helper(&self.records, &digest, found, self.options.scan_max)?,
         };
         Ok((digest, scanned))
     }
@@ -304,8 +323,9 @@ impl Plugins {
         let (code, config) = match self.options.isolation {
             Isolation::InProcess => {
                 let library = self.library(&digest, &found)?;
-                let config = library.resolve(given).map_err(|e| refused(&name, e))?;
-                (Code::Library(library), config)
+                let place = Place::new(self.running.clone(), &digest);
+                let config = place.inside(|| library.resolve(given)).map_err(|e| refused(&name, e))?;
+                (Code::Library(library, place), config)
             }
             Isolation::Worker => {
                 let (records, digest, name) = (self.records.clone(), digest.clone(), name.clone());

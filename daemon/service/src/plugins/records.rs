@@ -37,6 +37,9 @@ pub struct Record {
     pub quarantine: Option<String>,
     /// How often it crashed, hung or took too much memory.
     pub crashes: u32,
+    /// How many processes in a row died in its code.
+    #[serde(default)]
+    pub deaths: u32,
 }
 
 /// A file whose digest is known as long as it looks the same.
@@ -87,6 +90,11 @@ impl Records {
     /// What is known about the library with this digest.
     pub fn get(&self, digest: &str) -> Record {
         self.lock().libraries.get(digest).cloned().unwrap_or_default()
+    }
+
+    /// How many processes in a row died in the code of the library with this digest.
+    pub fn deaths(&self, digest: &str) -> u32 {
+        self.lock().libraries.get(digest).map_or(0, |record| record.deaths)
     }
 
     /// Changes the record of the library with this digest.

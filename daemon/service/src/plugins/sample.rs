@@ -10,10 +10,13 @@ use blocklora_sdk::{Code, Job, LogLevel};
 use send_wrapper::SendWrapper;
 
 use super::merge::failed;
+use super::running::{Place, inside, outside};
 
 pub struct PluginSampler {
     pub id: String,
     pub sampler: Box<dyn sdk::AnySampler>,
+    /// In this process.
+    pub place: Option<Place>,
 }
 
 impl Sampler for PluginSampler {
@@ -26,8 +29,14 @@ impl Sampler for PluginSampler {
             job: QuietJob::new(denoiser.seed()),
             schedule: schedule(denoiser.schedule()),
             denoiser: SendWrapper::new(denoiser),
+            place: self.place.as_ref(),
+            steps_done: 0,
         };
-        let result = self.sampler.sample(&mut host, latents, steps);
+        let result = inside(self.place.as_ref(), || self.sampler.sample(&mut host, latents, steps));
+        let result = result.and_then(|()| match host.steps_done {
+            done if done == steps => Ok(()),
+            done => Err(blocklora_sdk::Error::contract(format!("it told of {done} steps instead of {steps}"))),
+        });
         host.job.finish(&self.id, result)
     }
 }
@@ -76,8 +85,12 @@ impl QuietJob {
         })
     }
 
-    /// A plugin's result as the engine's: where it passed an error of the engine on, that error itself.
+    /// A plugin's result as the engine's: where it passed an error of the engine on, that error itself; and cancelled
+    /// is cancelled, also where the plugin went on.
     pub fn finish<T>(&self, id: &str, result: blocklora_sdk::Result<T>) -> Result<T> {
+        if result.is_ok() && self.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         result.map_err(|error| {
             let cause = self.cause().take();
             match (error.code, cause) {
@@ -138,6 +151,8 @@ struct Host<'a> {
     job: QuietJob,
     schedule: sdk::NoiseSchedule,
     denoiser: SendWrapper<&'a mut dyn Denoiser>,
+    place: Option<&'a Place>,
+    steps_done: usize,
 }
 
 job_by_field!(Host<'_>);
@@ -150,14 +165,16 @@ impl sdk::Denoiser for Host<'_> {
         self.denoiser.shape()
     }
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> blocklora_sdk::Result<()> {
-        let result = self.denoiser.predict(latents, timestep, eps);
+        self.job.check_cancelled()?;
+        let result = outside(self.place, || self.denoiser.predict(latents, timestep, eps));
         self.job.pass(result)
     }
     fn noise(&mut self, index: usize, out: &mut [f32]) {
-        self.denoiser.noise(index, out);
+        outside(self.place, || self.denoiser.noise(index, out));
     }
     fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> blocklora_sdk::Result<()> {
-        let result = self.denoiser.step_done(step, steps, latents);
+        self.steps_done += 1;
+        let result = outside(self.place, || self.denoiser.step_done(step, steps, latents));
         self.job.pass(result)
     }
 }

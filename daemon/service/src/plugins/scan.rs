@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blocklora_sdk::abi::Library;
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -17,8 +18,8 @@ use super::records::{Records, Scanned, digest_of};
 /// The hidden command of the daemon's program.
 pub const COMMAND: &str = "__plugin-scan";
 
-/// How long a scan may take.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// How long a scan may take, if nothing else is said.
+pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// Private memory of a scan.
 const DATA_BYTES: u64 = 2 << 30;
 
@@ -33,6 +34,8 @@ enum Answer {
 /// The helper: scans the plugin of the manifest at `path`, prints the answer and returns the exit code.
 pub fn serve(path: &Path) -> u8 {
     helper::limit_self(DATA_BYTES);
+    // The thread that waits for the scan is the one that started it.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
     let answer = match discover::read(path).and_then(|found| scan(&found)) {
         Ok(scanned) => Answer::Scanned(scanned),
         Err(reason) => Answer::Refused(reason),
@@ -103,9 +106,9 @@ pub fn check(library: &Library, found: &Found) -> Result<(), String> {
 }
 
 /// Scans the plugin in a helper process and records the result; a crash or a hang quarantines it.
-pub fn scan_in_helper(records: &Records, digest: &str, found: &Found) -> Result<Scanned> {
+pub fn scan_in_helper(records: &Records, digest: &str, found: &Found, limit: Duration) -> Result<Scanned> {
     let program = helper::program()?;
-    let end = helper::run(&program, &[COMMAND.as_ref(), found.path.as_os_str()], TIME_LIMIT)?;
+    let end = helper::run(&program, &[COMMAND.as_ref(), found.path.as_os_str()], limit)?;
     let reason = match end {
         End::Exited(status, stdout) if status.success() => match serde_json::from_slice(last_line(&stdout)) {
             Ok(Answer::Scanned(scanned)) => {
@@ -115,10 +118,11 @@ pub fn scan_in_helper(records: &Records, digest: &str, found: &Found) -> Result<
             Ok(Answer::Refused(reason)) => {
                 return Err(PluginError::Incompatible { path: found.path.clone(), reason });
             }
+            Err(_) if stdout.is_empty() => format!("{} when it was loaded", helper::death(status)),
             Err(_) => "wrote to the helper's output when it was loaded".into(),
         },
         End::Exited(status, ..) => format!("{} when it was loaded", helper::death(status)),
-        End::TimedOut => format!("did not load within {} seconds", TIME_LIMIT.as_secs()),
+        End::TimedOut => format!("did not load within {} seconds", limit.as_secs()),
     };
     Err(quarantine(records, digest, &found.manifest.full_name(), &reason))
 }

@@ -6,16 +6,19 @@ use blocklora_engine::Result;
 use blocklora_engine::merge::strategy::LayerInfo;
 use blocklora_engine::train as engine;
 use blocklora_sdk::merge::Layer;
-use blocklora_sdk::train as sdk;
+use blocklora_sdk::{Job, train as sdk};
 use blocklora_spec::Algorithm;
 use send_wrapper::SendWrapper;
 
 use super::merge::failed;
+use super::running::{Place, inside, outside};
 use super::sample::{QuietJob, job_by_field};
 
 pub struct PluginTrainer {
     pub algorithm: Algorithm,
     pub trainer: Box<dyn sdk::AnyTrainer>,
+    /// In this process.
+    pub place: Option<Place>,
 }
 
 impl engine::Trainer for PluginTrainer {
@@ -24,7 +27,8 @@ impl engine::Trainer for PluginTrainer {
     }
 
     fn plan(&self, concept: &engine::Concept) -> Result<engine::TrainPlan> {
-        let plan = self.trainer.plan(&sdk_concept(concept)).map_err(|e| failed(&self.algorithm.id, e))?;
+        let plan = inside(self.place.as_ref(), || self.trainer.plan(&sdk_concept(concept)));
+        let plan = plan.map_err(|e| failed(&self.algorithm.id, e))?;
         Ok(engine::TrainPlan {
             steps: plan.steps,
             checkpoint_every: plan.checkpoint_every,
@@ -48,8 +52,9 @@ impl engine::Trainer for PluginTrainer {
             num_train_timesteps: host.num_train_timesteps(),
             gradients: engine::Parameters::default(),
             host: SendWrapper::new(host),
+            place: self.place.as_ref(),
         };
-        let result = self.trainer.train(&mut host);
+        let result = inside(self.place.as_ref(), || self.trainer.train(&mut host));
         host.job.finish(&self.algorithm.id, result).map(engine_parameters)
     }
 }
@@ -123,6 +128,7 @@ struct Host<'a> {
     num_train_timesteps: usize,
     gradients: engine::Parameters,
     host: SendWrapper<&'a mut dyn engine::TrainHost>,
+    place: Option<&'a Place>,
 }
 
 job_by_field!(Host<'_>);
@@ -147,18 +153,19 @@ impl sdk::TrainHost for Host<'_> {
         &self.captions
     }
     fn embedding(&self, word: &str) -> blocklora_sdk::Result<Vec<f32>> {
-        self.job.pass(self.host.embedding(word))
+        self.job.pass(outside(self.place, || self.host.embedding(word)))
     }
     fn check_prompt(&self, prompt: &str, tokens: usize) -> blocklora_sdk::Result<()> {
-        self.job.pass(self.host.check_prompt(prompt, tokens))
+        self.job.pass(outside(self.place, || self.host.check_prompt(prompt, tokens)))
     }
     fn generate(&mut self, request: &sdk::PictureRequest) -> blocklora_sdk::Result<Range<usize>> {
-        let result = self.host.generate(&engine::PictureRequest {
+        let request = engine::PictureRequest {
             prompt: request.prompt.clone(),
             count: request.count,
             steps: request.steps,
             guidance_scale: request.guidance_scale,
-        });
+        };
+        let result = outside(self.place, || self.host.generate(&request));
         self.job.pass(result)
     }
     fn loss_and_gradients(
@@ -168,15 +175,17 @@ impl sdk::TrainHost for Host<'_> {
         batch: &[sdk::Sample],
         gradients: &mut sdk::Parameters,
     ) -> blocklora_sdk::Result<f32> {
+        self.job.check_cancelled()?;
         let parameters = engine_parameters(parameters.clone());
         let batch: Vec<engine::Sample> = batch.iter().map(engine_sample).collect();
-        let result = self.host.loss_and_gradients(&parameters, masks, &batch, &mut self.gradients);
+        let result =
+            outside(self.place, || self.host.loss_and_gradients(&parameters, masks, &batch, &mut self.gradients));
         let loss = self.job.pass(result)?;
         *gradients = sdk_parameters(std::mem::take(&mut self.gradients));
         Ok(loss)
     }
     fn resume(&mut self) -> blocklora_sdk::Result<Option<sdk::TrainState>> {
-        let result = self.host.resume();
+        let result = outside(self.place, || self.host.resume());
         let state = self.job.pass(result)?;
         Ok(state.map(|state| sdk::TrainState {
             step: state.step,
@@ -202,7 +211,7 @@ impl sdk::TrainHost for Host<'_> {
                 optimiser: state.optimiser,
             }
         };
-        let result = self.host.step_done(step, &engine_state, steps, loss);
+        let result = outside(self.place, || self.host.step_done(step, &engine_state, steps, loss));
         self.job.pass(result)
     }
 }

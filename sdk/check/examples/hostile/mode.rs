@@ -1,7 +1,27 @@
-/// Whether BLOCKLORA_HOSTILE is `name`.
-fn mode(name: &str) -> bool {
-    std::env::var("BLOCKLORA_HOSTILE").is_ok_and(|mode| mode == name)
+/// What BLOCKLORA_HOSTILE says, or the file whose name stands there behind an `@`.
+fn current_mode() -> String {
+    let mode = std::env::var("BLOCKLORA_HOSTILE").unwrap_or_default();
+    match mode.strip_prefix('@') {
+        Some(file) => std::fs::read_to_string(file).unwrap_or_default(),
+        None => mode,
+    }
 }
+
+/// Whether that is `name`.
+fn mode(name: &str) -> bool {
+    current_mode() == name
+}
+
+/// Runs when the library is loaded, before anything of it is called.
+#[used]
+#[allow(unsafe_code)]
+#[unsafe(link_section = ".init_array")]
+static LOADED: extern "C" fn() = {
+    extern "C" fn loaded() {
+        misbehave("load");
+    }
+    loaded
+};
 
 /// Does what `<what>-<place>` names: panics, crashes, hangs, takes all memory, ends the process.
 fn misbehave(place: &str) {

@@ -58,7 +58,8 @@ impl Library {
             .map_err(|_| Refusal(format!("not a plugin: it has no {MAGIC_SYMBOL}; make it with export_plugin!")))?(
         );
         // SAFETY: as above; the block is a static of the library.
-        let magic = unsafe { magic.as_ref() }.ok_or_else(|| Refusal("its magic block is missing".into()))?;
+        let magic = unsafe { magic.as_ref() }
+            .ok_or_else(|| Refusal("not a plugin: its magic block is missing; make it with export_plugin!".into()))?;
         check_magic(magic)?;
         let name = text(&magic.name);
         // SAFETY: the library is never closed, see below.

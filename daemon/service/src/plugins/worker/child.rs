@@ -15,6 +15,8 @@ use blocklora_sdk::train::{
     AnyTrainer, Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState,
 };
 use blocklora_sdk::{Code, Error, Job, LogLevel, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::messages::{self as m, Answer, Call, Reply, Request};
@@ -28,6 +30,7 @@ pub const COMMAND: &str = "__plugin-worker";
 /// Works for the process that started this one, on its stdin (the socket) and stdout (the memory).
 pub fn serve(manifest: &Path) -> u8 {
     let Ok((socket, memory)) = inherited() else { return 2 };
+    end_with_the_host(&socket);
     // Whatever the plugin prints must not end up in the memory.
     let link = Link(Mutex::new(Wire::worker(socket, memory)));
     match work(&link, manifest) {
@@ -35,6 +38,22 @@ pub fn serve(manifest: &Path) -> u8 {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
         _ => 2,
     }
+}
+
+/// Ends this process when the host's end of the socket closes, whatever the plugin is doing. (The kernel's signal would
+/// come with the end of the thread that started this process, and the host's threads come and go.)
+fn end_with_the_host(socket: &UnixStream) {
+    let Ok(socket) = socket.try_clone() else { return };
+    std::thread::spawn(move || {
+        loop {
+            let mut ends = [PollFd::new(&socket, PollFlags::empty())];
+            match poll(&mut ends, None) {
+                Ok(_) if ends[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) => std::process::exit(0),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    });
 }
 
 fn inherited() -> io::Result<(UnixStream, File)> {

@@ -135,10 +135,8 @@ impl Worker {
         let mut state = self.lock();
         let State { child, wire, baseline, gone } = &mut *state;
         if let Some(reason) = gone {
-            return Err(Error::new(
-                Code::Failed,
-                format!("its worker process is gone, which {reason}: start the job again"),
-            ));
+            let cure = PluginError::cure_of_quarantine(&self.accounts.name);
+            return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
         }
         let limit = baseline.saturating_add(self.memory_bytes + ALLOWANCE_BYTES);
         let mut result = wire.send(request, payload);
@@ -170,7 +168,8 @@ impl Worker {
                 Err(error) => {
                     let reason = self.bury(child, overrun, &error);
                     *gone = Some(reason.clone());
-                    return Err(Error::new(Code::Failed, reason));
+                    let cure = PluginError::cure_of_quarantine(&self.accounts.name);
+                    return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
                 }
             };
             match call {
