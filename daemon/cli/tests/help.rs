@@ -57,6 +57,7 @@ fn every_command_option_and_argument_is_explained() {
         "status",
         "doctor",
         "bench merge",
+        "bench plugins",
         "bench step",
     ] {
         assert!(names.iter().any(|name| name == expected), "{expected} is not among {names:?}");

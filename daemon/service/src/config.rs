@@ -174,11 +174,25 @@ impl Default for Limits {
 }
 
 /// `[plugins]`
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs)] // As above.
 pub struct Plugins {
     pub isolation: Isolation,
+    pub merge_strategy: String,
+    pub sampler: String,
+}
+
+impl Default for Plugins {
+    /// Which methods are the usual ones says the example file, not this program.
+    fn default() -> Self {
+        let example: toml::Table = toml::from_str(EXAMPLE).unwrap_or_default();
+        let usual = |key: &str| {
+            let value = example.get("plugins").and_then(|section| section.get(key));
+            value.and_then(toml::Value::as_str).unwrap_or_default().to_owned()
+        };
+        Self { isolation: Isolation::default(), merge_strategy: usual("merge_strategy"), sampler: usual("sampler") }
+    }
 }
 
 impl Config {
@@ -228,6 +242,11 @@ impl Config {
         if self.limits.calls_per_client_max == 0 {
             return fail("calls_per_client_max", "must be at least 1");
         }
+        for (key, id) in [("merge_strategy", &self.plugins.merge_strategy), ("sampler", &self.plugins.sampler)] {
+            if id.is_empty() {
+                return fail(key, "must name a plugin: `blocklora plugin list` shows them");
+            }
+        }
         Ok(())
     }
 }
@@ -263,6 +282,7 @@ mod tests {
     #[test]
     fn the_example_documents_every_key_with_its_default() {
         assert_eq!(Config::parse(EXAMPLE).unwrap(), Config::default());
+        assert!(!Config::default().plugins.sampler.is_empty());
         let example: toml::Table = toml::from_str(EXAMPLE).unwrap();
         let defaults = toml::Table::try_from(Config::default()).unwrap();
         let keys = |table: &toml::Table| -> Vec<String> {
@@ -291,6 +311,8 @@ mod tests {
         assert_eq!(message, "line 3: resident_max must be at least 1");
         let message = Config::parse("[models]\ndevice = \"gpu\"\n").unwrap_err().message;
         assert_eq!(message, "line 2: device must be \"auto\", \"cpu\", \"cuda\" or \"cuda:NUMBER\"");
+        let message = Config::parse("[plugins]\nsampler = \"\"\n").unwrap_err().message;
+        assert!(message.starts_with("line 2: sampler must name a plugin"), "{message}");
         assert!(Config::parse("[jobs\n").unwrap_err().message.starts_with("line 1: "));
     }
 

@@ -187,7 +187,7 @@ mod tests {
             prompt: "<milo> and <zuko>, \"at sea\": Negative prompt: no".into(),
             negative_prompt: "Steps: 3, blurred".into(),
             steps: 20,
-            sampler: "ddim".into(),
+            sampler: "method-2".into(),
             guidance_scale: 7.5,
             seed: u64::MAX,
             width: 32,
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(
             text,
             format!(
-                "a cat\nNegative prompt: Steps: 3, blurred\nSteps: 20, Sampler: ddim, CFG scale: 7.5, \
+                "a cat\nNegative prompt: Steps: 3, blurred\nSteps: 20, Sampler: method-2, CFG scale: 7.5, \
                  Seed: 18446744073709551615, Size: 32x64, Model hash: 0123abcd, {version}"
             )
         );
@@ -243,7 +243,7 @@ mod tests {
             ("a cat\nand a dog\nSteps: 20", "negative prompt"),
             ("a cat\nSteps: many", "Steps"),
             ("a cat\nSize: 32", "Size"),
-            ("a cat\nSampler: \"ddim", "quotes"),
+            ("a cat\nSampler: \"method", "quotes"),
             ("a cat\nAdapters: \"[1]\"", "Adapters"),
         ] {
             let message = GenerationParameters::from_text(text).unwrap_err();

@@ -283,7 +283,7 @@ mod tests {
             class_word: ["dog", "cat", "house"][i as usize % 3].into(),
             architecture: "stable-diffusion/test".into(),
             base_digest: "b".repeat(64),
-            algorithm: "blocklora".into(),
+            algorithm: "method".into(),
             algorithm_version: "0.1.0".into(),
             algorithm_digest: String::new(),
             rank: 4,

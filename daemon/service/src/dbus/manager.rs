@@ -19,7 +19,7 @@ use crate::config::Precision;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::Control;
-use crate::jobs::work::{DEFAULT_SAMPLER, Generate, Train, Work};
+use crate::jobs::work::{Generate, Train, Work};
 use crate::jobs::{Job, Lifetime, Owner, Priority, Ticket, now_usec};
 use crate::memfd::read_client_file;
 use crate::objects::{CompositionObject, Object, object_path, path_of};
@@ -128,7 +128,7 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
         negative_prompt: params.string("negative_prompt")?.unwrap_or_default(),
         steps: range("steps", params.u32("steps")?.unwrap_or(20), 1000)?,
         guidance_scale: params.f64("guidance_scale")?.unwrap_or(7.5) as f32,
-        sampler: params.string("sampler")?.unwrap_or_else(|| DEFAULT_SAMPLER.to_owned()),
+        sampler: params.string("sampler")?.unwrap_or_else(|| call.daemon.config().plugins.sampler.clone()),
         sampler_config: params.object("sampler_config")?.unwrap_or_default(),
         seed: params.u64("seed")?.unwrap_or(0),
         width: params.u32("width")?.map(|v| v as usize),

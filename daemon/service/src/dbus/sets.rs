@@ -11,7 +11,7 @@ use super::value::Options;
 use crate::catalogue::adapters::AdapterEntry;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
-use crate::jobs::work::{DEFAULT_STRATEGY, Entry, Set};
+use crate::jobs::work::{Entry, Set};
 use crate::objects::Object;
 
 /// Adapters of one set.
@@ -74,7 +74,8 @@ pub fn set_of(
         }
         check_base(known, &model.id, &architecture, &digest)?;
     }
-    let strategy = strategy.unwrap_or_else(|| DEFAULT_STRATEGY.to_owned());
+    let strategy =
+        strategy.filter(|id| !id.is_empty()).unwrap_or_else(|| call.daemon.config().plugins.merge_strategy.clone());
     let strategy_config = config.unwrap_or_default();
     call.daemon.methods.strategy(&strategy, &strategy_config)?;
     Ok(Set { entries: entries.into_iter().map(|(entry, _)| entry).collect(), strategy, strategy_config })

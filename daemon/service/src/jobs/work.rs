@@ -20,8 +20,8 @@ pub struct Entry {
     pub weight: f32,
 }
 
-/// A set of adapters and how they add up.
-#[derive(Clone, Debug, PartialEq)]
+/// A set of adapters and how they add up. The default is empty, and needs no strategy.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Set {
     /// The adapters.
     pub entries: Vec<Entry>,
@@ -30,17 +30,6 @@ pub struct Set {
     /// Its settings.
     pub strategy_config: Map<String, Value>,
 }
-
-impl Default for Set {
-    fn default() -> Self {
-        Self { entries: Vec::new(), strategy: DEFAULT_STRATEGY.to_owned(), strategy_config: Map::new() }
-    }
-}
-
-/// The strategy where none is named.
-pub const DEFAULT_STRATEGY: &str = "blocklora";
-/// The sampler where none is named.
-pub const DEFAULT_SAMPLER: &str = "dpmpp-2m";
 
 /// Pictures to draw.
 #[derive(Clone, Debug)]

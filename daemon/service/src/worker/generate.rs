@@ -13,7 +13,7 @@ use super::{Outcome, Restore, Worker, usec_of, usec_since};
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::previews::Frame;
-use crate::jobs::work::{DEFAULT_STRATEGY, Generate};
+use crate::jobs::work::Generate;
 use crate::jobs::{Job, ResultFile};
 use crate::memfd;
 
@@ -39,8 +39,8 @@ impl Worker {
             .collect();
 
         let set = &work.set;
-        let unusual = set.strategy != DEFAULT_STRATEGY || !set.strategy_config.is_empty();
-        let merge = (unusual && !set.entries.is_empty())
+        // Always: which strategy is the usual one is configured, and the picture outlives the configuration.
+        let merge = (!set.entries.is_empty())
             .then(|| MergeUse { strategy: set.strategy.clone(), config: set.strategy_config.clone() });
         let mut files = Vec::new();
         let mut seeds = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blocklora_engine::bake::baked_concepts;
-use blocklora_engine::merge::strategy::LayerInfo;
+use blocklora_engine::merge::strategy::{LayerInfo, MergeStrategy, Sum};
 use blocklora_engine::merge::{MergeReport, Merger, Target};
 use blocklora_engine::model::{Component, Model};
 use blocklora_engine::nn::LayerId;
@@ -193,7 +193,11 @@ impl Residents {
     /// Makes `set` what is merged into the model, whatever was merged before.
     pub fn apply(&mut self, id: &str, set: &Set) -> Result<MergeReport> {
         let resident = self.models.get_mut(id).ok_or_else(|| Error::failed(format!("model {id:?} is not loaded")))?;
-        let strategy = self.daemon.methods.strategy(&set.strategy, &set.strategy_config)?;
+        let strategy = match set.entries.is_empty() {
+            // What takes everything out must not depend on a plugin.
+            true => Arc::new(Sum) as Arc<dyn MergeStrategy>,
+            false => self.daemon.methods.strategy(&set.strategy, &set.strategy_config)?,
+        };
         let (architecture, digest) = (resident.model.architecture(), resident.model.digest());
         let mut adapters = Vec::with_capacity(set.entries.len());
         for entry in &set.entries {

@@ -14,7 +14,7 @@ use super::{Outcome, Restore, Worker, survives, usec_since};
 use crate::dbus::library::show;
 use crate::dbus::value::{dict, own};
 use crate::error::{Error, Result};
-use crate::jobs::work::{DEFAULT_SAMPLER, Set, Train};
+use crate::jobs::work::{Set, Train};
 use crate::jobs::{Job, ResultFile, Stop};
 use crate::objects::object_path;
 
@@ -69,7 +69,8 @@ impl Worker {
         let concept = Concept { name: work.name.clone(), class_word: work.class_word.clone(), kind: work.kind };
         let trainer = self.daemon.methods.trainer(&work.trainer, &work.config, work.partition)?;
         // Only some trainers ask for pictures; they say so themselves if there is no sampler.
-        let sampler = self.daemon.methods.sampler(DEFAULT_SAMPLER, &serde_json::Map::new()).ok();
+        let sampler = &self.daemon.config().plugins.sampler;
+        let sampler = self.daemon.methods.sampler(sampler, &serde_json::Map::new()).ok();
         job.set_stage("loading-data");
         let files: Vec<(PathBuf, Option<String>)> =
             work.pictures.iter().map(|(name, caption)| (work.folder.join(name), caption.clone())).collect();

@@ -81,7 +81,7 @@ impl SchedulerConfig {
         if fields.or("clip_sample", clips_by_default)? {
             return Err(fields.unsupported("clip_sample", true, "only false"));
         }
-        // Of the schedulers with this setting only DDIM's default is true.
+        // Of the schedulers with this setting only one has the default true.
         let set_alpha_to_one = fields.or("set_alpha_to_one", class == "DDIMScheduler")?;
         let steps_offset: usize = fields.or("steps_offset", 0)?;
         if steps_offset >= timesteps {
