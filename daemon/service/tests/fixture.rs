@@ -25,12 +25,13 @@ fn fixtures() -> Vec<PathBuf> {
 
 /// The library of the fixture in `folder`; none for this machine.
 fn library(folder: &Path) -> Option<PathBuf> {
-    let is_ours = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
+    let is_here = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
     let path = folder.join(format!("libmerge_fixture-{}-linux-gnu.so", std::env::consts::ARCH));
-    if is_ours && path.is_file() {
+    // Built for this one: it must be there.
+    let is_kept = is_here && std::env::consts::ARCH == "x86_64";
+    if is_here && (is_kept || path.is_file()) {
         return Some(path);
     }
-    assert!(!cfg!(all(target_os = "linux", target_env = "gnu", target_arch = "x86_64")), "{} is gone", path.display());
     println!("{}: holds no library for this machine: the test does not apply", folder.display());
     None
 }

@@ -56,7 +56,7 @@ fn new_file(folder: &Path) -> std::io::Result<File> {
     let file = tempfile::Builder::new().prefix(".new").tempfile_in(folder)?;
     flock(file.as_file(), FlockOperation::LockExclusive)?;
     let name = format!("{}-{}", std::process::id(), crate::jobs::now_usec());
-    Ok(file.persist_noclobber(folder.join(name)).map_err(|e| e.error)?)
+    file.persist_noclobber(folder.join(name)).map_err(|e| e.error)
 }
 
 impl Book {

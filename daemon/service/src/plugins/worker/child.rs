@@ -158,7 +158,7 @@ fn answer(
     Ok(answer.map(|answer| (answer, out)))
 }
 
-fn put_plan(plan: Vec<LayerPlan>, out: &mut Payload) -> Vec<Option<Vec<(usize, f32, bool)>>> {
+fn put_plan(plan: Vec<LayerPlan>, out: &mut Payload) -> Vec<Option<Vec<(usize, u32, bool)>>> {
     let layer = |plan| match plan {
         LayerPlan::Dense(numbers) => {
             out.put(&numbers);
@@ -166,10 +166,10 @@ fn put_plan(plan: Vec<LayerPlan>, out: &mut Payload) -> Vec<Option<Vec<(usize, f
         }
         LayerPlan::Factored(terms) => {
             let term = |term: blocklora_sdk::merge::Term| match term.coefficients {
-                Coefficients::Uniform(c) => (term.adapter, c, false),
+                Coefficients::Uniform(c) => (term.adapter, c.to_bits(), false),
                 Coefficients::PerRow(values) => {
                     out.put(&values);
-                    (term.adapter, 0.0, true)
+                    (term.adapter, 0, true)
                 }
             };
             Some(terms.into_iter().map(term).collect())

@@ -11,6 +11,19 @@ use serde_json::Value;
 
 use super::wire::{Payload, invalid};
 
+/// Floats as their bits: JSON has no NaN and no infinity, and what is wrong with a number is to be said, not lost.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(value.to_bits())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
+        u32::deserialize(deserializer).map(f32::from_bits)
+    }
+}
+
 /// What the host asks for.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
@@ -35,7 +48,7 @@ pub enum Call {
     IsCancelled,
     Log(u32, String),
     Artefact(String),
-    Predict(f32),
+    Predict(#[serde(with = "bits")] f32),
     Noise(usize, usize),
     StepDone(usize, usize),
     Embedding(String),
@@ -44,6 +57,7 @@ pub enum Call {
         prompt: String,
         count: usize,
         steps: usize,
+        #[serde(with = "bits")]
         guidance_scale: f32,
     },
     Loss {
@@ -55,6 +69,7 @@ pub enum Call {
     TrainStepDone {
         state: WireState,
         steps: usize,
+        #[serde(with = "bits")]
         loss: f32,
     },
     /// The request is done; numbers follow.
@@ -69,8 +84,9 @@ pub enum Answer {
     Nothing,
     /// The settings in full.
     Open(Value),
-    /// For each layer: None for dense (its numbers follow), else (adapter, coefficient, whether per-row ones follow).
-    Plan(Vec<Option<Vec<(usize, f32, bool)>>>),
+    /// For each layer: None for dense (its numbers follow), else (adapter, the coefficient's bits, whether
+    /// per-row ones follow).
+    Plan(Vec<Option<Vec<(usize, u32, bool)>>>),
     TrainPlan(WireTrainPlan),
     Parameters(WireParameters),
 }
@@ -81,7 +97,7 @@ pub enum Reply {
     Nothing,
     Flag(bool),
     Index(usize),
-    Loss(f32),
+    Loss(#[serde(with = "bits")] f32),
     State(Option<WireState>),
     /// Code and message.
     Failed(u32, String),
@@ -101,13 +117,14 @@ pub fn layer((name, rows, columns): WireLayer) -> Layer {
     Layer { name, rows, columns }
 }
 
-/// An adapter; `factors` has the (rank, scale) of each layer that it changes, by the layer's index.
+/// An adapter; `factors` has the (rank, scale's bits) of each layer that it changes, by the layer's index.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WireAdapter {
     name: String,
     digest: String,
+    #[serde(with = "bits")]
     weight: f32,
-    factors: Vec<(usize, usize, f32)>,
+    factors: Vec<(usize, usize, u32)>,
     layers: usize,
 }
 
@@ -124,7 +141,7 @@ pub fn put_adapters(
                 payload.put(f.a);
                 payload.put(f.b);
                 payload.put_rows(f.rows);
-                factors.push((index, f.rank, f.scale));
+                factors.push((index, f.rank, f.scale.to_bits()));
             }
         }
         WireAdapter {
@@ -157,7 +174,7 @@ impl OwnedAdapter {
     pub fn view(&self) -> Adapter<'_> {
         let mut factors = vec![None; self.head.layers];
         for ((index, rank, scale), (a, b, rows)) in self.head.factors.iter().zip(&self.numbers) {
-            factors[*index] = Some(Factors { a, b, rows, rank: *rank, scale: *scale });
+            factors[*index] = Some(Factors { a, b, rows, rank: *rank, scale: f32::from_bits(*scale) });
         }
         Adapter { name: &self.head.name, digest: &self.head.digest, weight: self.head.weight, factors }
     }
@@ -225,9 +242,11 @@ pub struct WireTrainPlan {
     steps: usize,
     checkpoint_every: usize,
     rank: usize,
+    #[serde(with = "bits")]
     alpha: f32,
     delta: Delta,
     partition: Option<Partition>,
+    #[serde(with = "bits")]
     erasure_lambda: f32,
     tokens: Vec<String>,
 }
@@ -245,7 +264,7 @@ pub fn train_plan(plan: WireTrainPlan) -> TrainPlan {
 /// Parameters; for each layer A, B and the rows follow, then each token's values.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WireParameters {
-    factors: Vec<(usize, usize, f32, bool)>,
+    factors: Vec<(usize, usize, u32, bool)>,
     tokens: Vec<(String, usize)>,
 }
 
@@ -257,7 +276,7 @@ pub fn put_parameters(parameters: &Parameters, payload: &mut Payload) -> WirePar
     }
     parameters.tokens.iter().for_each(|t| payload.put(&t.values));
     WireParameters {
-        factors: parameters.factors.iter().map(|f| (f.layer, f.rank, f.scale, f.a_is_frozen)).collect(),
+        factors: parameters.factors.iter().map(|f| (f.layer, f.rank, f.scale.to_bits(), f.a_is_frozen)).collect(),
         tokens: parameters.tokens.iter().map(|t| (t.name.clone(), t.layers)).collect(),
     }
 }
@@ -266,6 +285,7 @@ pub fn take_parameters(wire: WireParameters, payload: &mut Payload) -> Result<Pa
     let mut parameters = Parameters::default();
     for (layer, rank, scale, a_is_frozen) in wire.factors {
         let (a, b, rows) = (payload.take()?, payload.take()?, payload.take_rows()?.into());
+        let scale = f32::from_bits(scale);
         parameters.factors.push(LayerFactors { layer, rows, rank, scale, a, b, a_is_frozen });
     }
     for (name, layers) in wire.tokens {
@@ -298,11 +318,13 @@ pub fn take_state(wire: WireState, payload: &mut Payload) -> Result<TrainState> 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WireSample {
     picture: usize,
+    #[serde(with = "bits")]
     scale: f32,
-    offset: [f32; 2],
+    offset: [u32; 2],
     flip: bool,
     prompt: String,
     timestep: usize,
+    #[serde(with = "bits")]
     weight: f32,
 }
 
@@ -310,6 +332,7 @@ pub fn put_sample(sample: &Sample, payload: &mut Payload) -> WireSample {
     payload.put(&sample.noise);
     payload.put(&sample.posterior);
     let Placement { scale, offset, flip } = sample.placement;
+    let offset = offset.map(f32::to_bits);
     let (picture, prompt, timestep, weight) = (sample.picture, sample.prompt.clone(), sample.timestep, sample.weight);
     WireSample { picture, scale, offset, flip, prompt, timestep, weight }
 }
@@ -317,7 +340,7 @@ pub fn put_sample(sample: &Sample, payload: &mut Payload) -> WireSample {
 pub fn take_sample(wire: WireSample, payload: &mut Payload) -> Result<Sample> {
     Ok(Sample {
         picture: wire.picture,
-        placement: Placement { scale: wire.scale, offset: wire.offset, flip: wire.flip },
+        placement: Placement { scale: wire.scale, offset: wire.offset.map(f32::from_bits), flip: wire.flip },
         prompt: wire.prompt,
         timestep: wire.timestep,
         noise: payload.take()?,

@@ -239,12 +239,12 @@ impl AnyMergeStrategy for Worker {
         if plan.len() != layers.len() {
             return Err(Error::contract(format!("the strategy planned {} layers of {}", plan.len(), layers.len())));
         }
-        let mut layer = |terms: Option<Vec<(usize, f32, bool)>>| {
+        let mut layer = |terms: Option<Vec<(usize, u32, bool)>>| {
             let Some(terms) = terms else { return Ok(LayerPlan::Dense(numbers.take()?)) };
             let term = |(adapter, c, is_per_row)| {
                 let coefficients = match is_per_row {
                     true => Coefficients::PerRow(numbers.take()?),
-                    false => Coefficients::Uniform(c),
+                    false => Coefficients::Uniform(f32::from_bits(c)),
                 };
                 Ok(Term { adapter, coefficients })
             };
