@@ -156,7 +156,8 @@ async fn draw_all(
     members.check_prompt("", &model)?;
     let adapters = members.entries();
     let merge = async |adapters: &[Adapter]| {
-        let (strategy, strategy_config) = set::strategy(&args.set);
+        let (strategy, strategy_config) = set::strategy(&args.set)?;
+        let strategy = strategy.unwrap_or_default();
         let model = Some(model.state.id.clone());
         let request = Merge { strategy, strategy_config, adapters: adapters.to_vec(), model, ..Merge::default() };
         let job = daemon.client.merge(&request).await?;
@@ -184,7 +185,7 @@ async fn draw_all(
 
 /// What all pictures have in common.
 fn template(args: &Args, model: &ChosenModel) -> anyhow::Result<Generate> {
-    let (strategy, strategy_config) = set::strategy(&args.set);
+    let (strategy, strategy_config) = set::strategy(&args.set)?;
     let sampling = &args.sampling;
     let pixels = |side: usize| u32::try_from(side).with_context(|| format!("--size: {side} pixels are too many"));
     Ok(Generate {
@@ -194,7 +195,7 @@ fn template(args: &Args, model: &ChosenModel) -> anyhow::Result<Generate> {
         sampler: Some(sampling.sampler.clone()),
         width: sampling.size.map(|size| pixels(size.width)).transpose()?,
         height: sampling.size.map(|size| pixels(size.height)).transpose()?,
-        strategy: Some(strategy),
+        strategy,
         strategy_config,
         formats: vec!["png".into()],
         ..Generate::default()
