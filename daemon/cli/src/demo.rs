@@ -27,7 +27,7 @@ use crate::{base, progress};
 /// alone and merged.
 #[derive(clap::Args)]
 // The bundled model is small: more guidance than this burns its colours.
-#[command(mut_arg("guidance", |arg| arg.default_value("4")))]
+#[command(mut_arg("guidance", |arg| arg.default_value("2.5")))]
 pub struct Args {
     /// The contact sheet to write
     #[arg(short, long, value_name = "FILE.png", default_value = "blocklora-demo.png")]

@@ -29,7 +29,7 @@ use crate::{base, crosstalk, drift, methods, output, progress};
 /// (identity: the share of pictures nearest to the right concept).
 #[derive(clap::Args)]
 // The bundled model is small: more guidance than this burns its colours.
-#[command(mut_arg("guidance", |arg| arg.default_value("4")))]
+#[command(mut_arg("guidance", |arg| arg.default_value("2.5")))]
 pub struct Args {
     /// Adapters to score, a file each in DIR, and the strategies to merge them with; may be given many times [default:
     /// the bundled adapters, with blocklora and blocklora-sum1]

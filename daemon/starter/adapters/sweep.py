@@ -6,7 +6,7 @@
 Settings are in sweep.toml: a method, what it is merged with, and what differs from that method's bundled settings.
 Prints one line for each cell; everything that `blocklora score --json` says is kept in DIR/NAME.json, with the scores
 of every picture. Prompts and seeds are the same in all settings, so the last columns are differences from the first
-setting's row of that size picture by picture, with their standard error.
+setting's row of that size and those concepts picture by picture, with their standard error.
 """
 import argparse
 import json
@@ -45,7 +45,7 @@ def train(options, name, setting):
     config = options.work / f"{name}.toml"
     config.write_text(to_toml(merged_tables(bundled, setting.get("settings", {}))))
     command = [sys.executable, HERE / "train.py", "--method", setting["method"], "--config", config, "--out", folder,
-               "--jobs", str(options.jobs)]
+               "--jobs", str(options.jobs), *(["--only", *setting["only"]] if "only" in setting else [])]
     subprocess.run([str(c) for c in command], check=True, stdout=subprocess.DEVNULL)
     return folder
 
@@ -54,7 +54,7 @@ def score(options, name, setting, folder):
     result = options.work / f"{name}.json"
     if not result.exists():
         command = [os.environ.get("BLOCKLORA", "blocklora"), "score", "--set", f"{folder}={setting['merge']}",
-                   "--sizes", options.sizes, "--prompts", str(options.prompts), "--json", *setting.get("score", [])]
+                   "--sizes", setting.get("sizes", options.sizes), "--prompts", str(options.prompts), "--json", *setting.get("score", [])]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         result.write_text(text)
     return json.loads(result.read_text())["rows"]
@@ -96,7 +96,7 @@ def main():
         for row in score(options, name, setting, folder):
             mean, error = row["mean"], row["standard_error"]
             cells = [f"{mean[m]:.3f} ± {error[m]:.3f}" for m in MEASURES]
-            cells += difference(row, first.setdefault(row["merged"], row))
+            cells += difference(row, first.setdefault((row["merged"], len(pictures(row))), row))
             print("|", " | ".join([name, row["strategy"], str(row["merged"]), *cells]), "|", flush=True)
 
 
