@@ -36,9 +36,10 @@ impl Sampler for DpmSolverPlusPlus2M {
                     let (alpha_next, sigma_next) = next.alpha_sigma();
                     let h = (level.sigma / next.sigma).ln() as f32; // lambda_next - lambda, lambda = log(alpha / sigma)
                     let half_over_r = h_before.map_or(0.0, |h_before: f32| h / (2.0 * h_before));
+                    let (kept, added) = (sigma_next / sigma, alpha_next * (-h).exp_m1());
                     for ((z, x), x_before) in z.iter_mut().zip(&x).zip(&x_before) {
                         let d = x + half_over_r * (x - x_before);
-                        *z = sigma_next / sigma * *z - alpha_next * (-h).exp_m1() * d;
+                        *z = kept * *z - added * d;
                     }
                     h_before = Some(h);
                 }

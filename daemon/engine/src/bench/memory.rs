@@ -7,7 +7,7 @@ pub fn resident() -> Option<u64> {
     status("VmRSS:")
 }
 
-/// The most bytes resident since [`reset_peak`].
+/// The most bytes resident since `reset_peak`.
 pub fn peak() -> Option<u64> {
     status("VmHWM:")
 }
