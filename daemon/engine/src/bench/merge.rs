@@ -89,10 +89,7 @@ pub fn merge(
     check_range("rank", rank, 1024)?;
     check_range("threads", threads, 1024)?;
     check_range("repeats", repeats, 10_000)?;
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .map_err(|e| Error::option("threads", threads, e.to_string()))?;
+    let pool = thread_pool(threads)?;
     let layers = shape.attention_layers();
     let folder = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let path = folder.path().join("model.safetensors");
@@ -178,6 +175,30 @@ pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// A pool of `threads` threads.
+pub(super) fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.map_err(|e| Error::option("threads", threads, e.to_string()))
+}
+
+/// How a file names `precision`: f16, bf16, else f32.
+pub(super) fn stored_as(precision: DType) -> Dtype {
+    match precision {
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    }
+}
+
+/// Appends `value` as it is stored in `precision`: f16, bf16, else f32.
+pub(super) fn store(value: f32, precision: DType, to: &mut Vec<u8>) {
+    match precision {
+        DType::F16 => to.extend(f16::from_f32(value).to_le_bytes()),
+        DType::BF16 => to.extend(bf16::from_f32(value).to_le_bytes()),
+        _ => to.extend(value.to_le_bytes()),
+    }
+}
+
 /// Whether the live weights have the file's bits.
 fn is_pristine(targets: &[Target]) -> Result<bool> {
     let same = targets.par_iter().map(crate::merge::is_pristine);
@@ -211,11 +232,7 @@ struct RandomTensor {
 
 impl safetensors::View for RandomTensor {
     fn dtype(&self) -> Dtype {
-        match self.precision {
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::BF16,
-            _ => Dtype::F32,
-        }
+        stored_as(self.precision)
     }
     fn shape(&self) -> &[usize] {
         &self.shape
@@ -224,12 +241,7 @@ impl safetensors::View for RandomTensor {
         let mut rng = Rng::new(0, Stream::Test, 1, self.lane);
         let mut bytes = Vec::with_capacity(self.data_len());
         for _ in 0..self.shape[0] * self.shape[1] {
-            let value = rng.uniform() - 0.5;
-            match self.precision {
-                DType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-                DType::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-                _ => bytes.extend(value.to_le_bytes()),
-            }
+            store(rng.uniform() - 0.5, self.precision, &mut bytes);
         }
         bytes.into()
     }

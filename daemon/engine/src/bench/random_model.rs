@@ -7,11 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::DType;
-use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::Shape;
+use super::merge::{store, stored_as};
 use crate::error::{Error, Result};
 use crate::model::Component;
 
@@ -330,11 +330,7 @@ impl RandomTensor {
 
 impl safetensors::View for RandomTensor {
     fn dtype(&self) -> Dtype {
-        match self.precision {
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::BF16,
-            _ => Dtype::F32,
-        }
+        stored_as(self.precision)
     }
     fn shape(&self) -> &[usize] {
         &self.shape
@@ -346,12 +342,7 @@ impl safetensors::View for RandomTensor {
             // Knuth's MMIX generator; its upper bits are random enough.
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let unit = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
-            let value = self.offset + self.scale * unit;
-            match self.precision {
-                DType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-                DType::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-                _ => bytes.extend(value.to_le_bytes()),
-            }
+            store(self.offset + self.scale * unit, self.precision, &mut bytes);
         }
         bytes.into()
     }

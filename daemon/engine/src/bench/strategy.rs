@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::Shape;
-use super::merge::{check_range, median, random_adapter, write_random};
+use super::merge::{check_range, median, random_adapter, thread_pool, write_random};
 use crate::error::{Error, Result};
 use crate::merge::strategy::{AdapterView, LayerInfo, MergeStrategy, Plan, Tile};
 use crate::merge::{AdapterFactors, Merger, Target};
@@ -103,10 +103,7 @@ pub fn strategy(
     check_range("rank", rank, 1024)?;
     check_range("threads", threads, 1024)?;
     check_range("repeats", repeats, 10_000)?;
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .map_err(|e| Error::option("threads", threads, e.to_string()))?;
+    let pool = thread_pool(threads)?;
     let layers = shape.attention_layers();
     let folder = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let path = folder.path().join("model.safetensors");
