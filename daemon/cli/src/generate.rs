@@ -70,6 +70,7 @@ pub struct Args {
 #[derive(serde::Serialize)]
 struct Json<'a> {
     files: &'a [PathBuf],
+    artefacts: &'a [PathBuf],
     #[serde(flatten)]
     generated: &'a Generated,
 }
@@ -81,10 +82,11 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let recipe = args.like.as_deref().map(|picture| like::read(picture, &args.with)).transpose()?;
     let with = recipe.as_ref().map_or(&args.with, |recipe| &recipe.with);
     set::check_files(with)?;
-    let (generated, pictures) = daemon::run(draw(args, options, recipe.as_ref(), with))?;
+    let (generated, mut pictures) = daemon::run(draw(args, options, recipe.as_ref(), with))?;
+    let artefacts = output::artefacts(&args.output, &mut pictures)?;
     output::write_all(files.into_iter().zip(pictures.into_iter().map(|file| file.bytes)).collect())?;
     if args.json {
-        return output::print_json(&Json { files: &paths, generated: &generated });
+        return output::print_json(&Json { files: &paths, artefacts: &artefacts, generated: &generated });
     }
     Ok(())
 }
@@ -147,8 +149,10 @@ async fn draw(
     let generated = watch::follow(&job, look).await?;
     let mut pictures = job.take_results(false).await?;
     pictures.sort_by_key(|picture| picture.index);
-    anyhow::ensure!(pictures.len() == usize::from(args.count), "the daemon gave {} pictures", pictures.len());
-    if let (Some(screen), Some(last)) = (&mut screen, pictures.last()) {
+    let given = pictures.iter().filter(|file| !file.is_artefact());
+    let (number, last) = (given.clone().count(), given.last());
+    anyhow::ensure!(number == usize::from(args.count), "the daemon gave {number} pictures");
+    if let (Some(screen), Some(last)) = (&mut screen, last) {
         screen.show(&last.bytes);
     }
     daemon.close().await;

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use blocklora_client::ResultFile;
 use tempfile::{NamedTempFile, TempDir};
 
 /// A file that will appear at its path.
@@ -58,6 +59,23 @@ pub fn write_all(mut files: Vec<(OutputFile, Vec<u8>)>) -> anyhow::Result<()> {
         file.fill(content)?;
     }
     files.into_iter().try_for_each(|(file, _)| file.publish())
+}
+
+/// Takes what plugins handed over out of `files` and writes it into the folder `NAME.artefacts` beside `output`; the
+/// paths.
+pub fn artefacts(output: &Path, files: &mut Vec<ResultFile>) -> anyhow::Result<Vec<PathBuf>> {
+    let folder = output.with_extension("artefacts");
+    let mut paths = Vec::new();
+    for file in files.extract_if(.., |file| file.is_artefact()) {
+        // The daemon is another program: its names stay in the folder.
+        let name = Path::new(&file.name).file_name().filter(|name| *name == file.name.as_str());
+        let name = name.ok_or_else(|| anyhow::anyhow!("the daemon gave an artefact the name {:?}", file.name))?;
+        std::fs::create_dir_all(&folder).map_err(|e| cannot_write(&folder, e))?;
+        let path = folder.join(name);
+        OutputFile::create(&path)?.write(&file.bytes)?;
+        paths.push(path);
+    }
+    Ok(paths)
 }
 
 /// Checks that a file could be written at `path`, for outputs that the engine itself writes.

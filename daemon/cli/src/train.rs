@@ -152,10 +152,12 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let pictures = pictures(&args.images)?;
     // All pictures and captions are read here once, so that what is wrong is said at once and by the file's name.
     Dataset::from_files(&pictures)?;
-    let (trained, rows, file) = daemon::run(teach(args, options, &settings, rows, &pictures))?;
+    let (trained, rows, mut files) = daemon::run(teach(args, options, &settings, rows, &pictures))?;
+    let artefacts = output::artefacts(&args.output, &mut files)?;
+    let Some(file) = files.pop() else { bail!("the daemon gave no adapter") };
     OutputFile::create(&args.output)?.write(&file.bytes)?;
     checkpoint::remove(&args.output)?;
-    finish(args, &trained, &rows)
+    finish(args, &trained, &rows, &artefacts)
 }
 
 /// The pictures of `folder` with their captions; those of `concepts.json` if they are a bundled concept's.
@@ -180,7 +182,7 @@ async fn teach(
     settings: &settings::Settings,
     rows: Rows,
     pictures: &[(PathBuf, Option<String>)],
-) -> anyhow::Result<(Trained, Rows, ResultFile)> {
+) -> anyhow::Result<(Trained, Rows, Vec<ResultFile>)> {
     // A private daemon keeps its checkpoints where they were always kept: beside the output.
     let state = State::Folder(checkpoint::folder(&args.output)?);
     let asked = settings::fingerprint(args, settings, &rows, pictures)?;
@@ -210,7 +212,7 @@ async fn teach_with(
     settings: &settings::Settings,
     rows: Rows,
     pictures: &[(PathBuf, Option<String>)],
-) -> anyhow::Result<(Trained, Rows, ResultFile)> {
+) -> anyhow::Result<(Trained, Rows, Vec<ResultFile>)> {
     let model = choose_model(daemon, &args.model).await?;
     let rows = rows.decided(&args.output, daemon, &model.state.digest).await?;
     let mut request = Train {
@@ -246,14 +248,10 @@ async fn teach_with(
         }
         result => result?,
     };
-    let mut files = job.take_results(true).await?;
-    match files.pop() {
-        Some(file) => Ok((trained, rows, file)),
-        None => bail!("the daemon gave no adapter"),
-    }
+    Ok((trained, rows, job.take_results(true).await?))
 }
 
-fn finish(args: &Args, trained: &Trained, rows: &Rows) -> anyhow::Result<()> {
+fn finish(args: &Args, trained: &Trained, rows: &Rows, artefacts: &[PathBuf]) -> anyhow::Result<()> {
     let adapter = Adapter::open(&args.output)?;
     let plain = !adapter.tokens().is_empty() && adapter.tokens().iter().all(|t| t.layers == 1);
     let embedding = plain.then(|| args.output.with_extension("embedding.safetensors"));
@@ -265,6 +263,7 @@ fn finish(args: &Args, trained: &Trained, rows: &Rows) -> anyhow::Result<()> {
         return output::print_json(&serde_json::json!({
             "file": args.output,
             "embedding": embedding,
+            "artefacts": artefacts,
             "digest": trained.digest,
             "parameters": trained.parameters,
             "seconds": seconds,
@@ -281,6 +280,9 @@ fn finish(args: &Args, trained: &Trained, rows: &Rows) -> anyhow::Result<()> {
     );
     if let Some(path) = embedding {
         text += &format!("{}: its words for other tools\n", path.display());
+    }
+    for path in artefacts {
+        text += &format!("{}: handed over by the trainer\n", path.display());
     }
     output::print(&text)?;
     Ok(())

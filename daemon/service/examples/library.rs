@@ -89,8 +89,12 @@ async fn main() {
         client.call::<_, OwnedObjectPath>(ROOT, "Manager", "OpenAdapter", &body).await.unwrap()
     };
     measure("one by its digest", opened).await;
-    let slots = async || client.call::<_, Vec<Dict>>(ROOT, "Manager", "ListSlots", &(Dict::new(),)).await.unwrap();
-    measure("the map of slots", slots).await;
+    let slots = async |offset: u32| {
+        let body = (Dict::new(), offset, PAGE);
+        client.call::<_, Vec<Dict>>(ROOT, "Manager", "ListSlots", &body).await.unwrap()
+    };
+    measure("first 50 owned slots", async || slots(0).await).await;
+    measure("last 50 owned slots", async || slots(count.saturating_sub(PAGE)).await).await;
     let start = Instant::now();
     daemon.restart();
     println!("a daemon starts on it in {:.0} ms", start.elapsed().as_secs_f64() * 1e3);

@@ -115,10 +115,16 @@ impl From<blocklora_engine::Error> for Error {
             E::Adapter(blocklora_spec::Error::Io { source, .. }) => kind_of_io(source),
             E::Adapter(blocklora_spec::Error::UnknownVersion { .. }) => Kind::UnsupportedSpecVersion,
             E::Adapter(_) => Kind::InvalidAdapter,
+            E::Tensor(source) if is_out_of_memory(&source.to_string()) => Kind::OutOfDeviceMemory,
             _ => Kind::Failed,
         };
         Self::new(kind, error.to_string())
     }
+}
+
+/// Whether a card's driver says that its memory does not suffice. Backends have no type of their own for that.
+fn is_out_of_memory(message: &str) -> bool {
+    message.contains("OUT_OF_MEMORY") || message.contains("out of memory")
 }
 
 impl From<PluginError> for Error {
@@ -150,5 +156,16 @@ impl From<rusqlite::Error> for Error {
 impl From<zbus::Error> for Error {
     fn from(error: zbus::Error) -> Self {
         Self::failed(format!("D-Bus: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_card_is_told_from_other_failures() {
+        assert!(is_out_of_memory("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"));
+        assert!(!is_out_of_memory("shape mismatch in matmul"));
     }
 }

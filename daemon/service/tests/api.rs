@@ -210,7 +210,7 @@ async fn training_and_slots(client: &Client) {
     let adapter = blocklora_spec::Adapter::from_bytes("rex", files[0].0.clone()).unwrap();
     assert_eq!(adapter.manifest().name, "rex");
     assert_eq!(adapter.manifest().partition.unwrap().slot, slot);
-    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(),)).await.unwrap();
+    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(), 0u32, 1000u32)).await.unwrap();
     let text = |d: &Dict, key: &str| String::try_from(d[key].try_clone().unwrap()).unwrap();
     let held: Vec<_> = slots.iter().filter(|s| text(s, "name") == "rex").collect();
     assert_eq!(held.len(), 1);

@@ -63,7 +63,7 @@ async fn sigterm_saves_a_training_and_the_next_daemon_goes_on() {
     // Cancelled for good: the next daemon does not begin it again, and its slot is free.
     daemon.restart();
     let client = daemon.client().await;
-    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(),)).await.unwrap();
+    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(), 0u32, 1000u32)).await.unwrap();
     assert!(slots.is_empty());
     let active: Vec<Dict> =
         client.call(ROOT, "Manager", "ListJobs", &(dict([("active", true.into())]), 0u32, 9u32)).await.unwrap();
@@ -180,7 +180,7 @@ async fn check_promises(daemon: &Daemon, promises: &Promises, seen: &str) {
     let client = daemon.client().await;
     let page: Vec<Dict> = client.call(ROOT, "Manager", "QueryLibrary", &(Dict::new(), 0u32, 100u32)).await.unwrap();
     let names: Vec<String> = page.iter().map(|entry| text(entry, "name")).collect();
-    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(),)).await.unwrap();
+    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(), 0u32, 1000u32)).await.unwrap();
     let slot = |dict: &Dict| format!("slot {}", u32::try_from(dict["slot"].try_clone().unwrap()).unwrap());
     let leased: Vec<String> = slots.iter().filter(|dict| text(dict, "holder") == "lease").map(slot).collect();
     for (what, promise) in promises.lock().unwrap().iter_mut() {

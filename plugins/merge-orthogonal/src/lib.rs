@@ -1,7 +1,9 @@
 //! Orthogonal Adaptation's merge: what is trained in orthogonal subspaces adds up as it is.
 
-use blocklora_sdk::merge::{Adapter, Layer, MergeStrategy, Plan, weighted_sum};
-use blocklora_sdk::{Config, Job, Result};
+use std::collections::HashMap;
+
+use blocklora_sdk::merge::{Adapter, Layer, MergeStrategy, Plan, present, weighted_sum};
+use blocklora_sdk::{Config, Error, Job, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,8 +27,32 @@ impl Config for Orthogonal {}
 
 impl MergeStrategy for Orthogonal {
     fn plan(&self, _job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
+        for (index, layer) in layers.iter().enumerate() {
+            check_slots(index, layer, adapters)?;
+        }
         Ok(weighted_sum(layers, adapters, |_, adapter| self.lambda * adapter.weight))
     }
+}
+
+/// Fails where two adapters have the same A, so that they answer to the same inputs: they were trained in one slot of one
+/// basis, and nothing is orthogonal about them. Which slots of a basis are taken nobody keeps but their users; that the
+/// rows of two random choices overlap in part is as published.
+fn check_slots(index: usize, layer: &Layer, adapters: &[Adapter<'_>]) -> Result<()> {
+    let mut first_with: HashMap<Vec<u32>, &Adapter<'_>> = HashMap::new();
+    for (_, adapter, factors) in present(adapters, index) {
+        // Few numbers of A tell two apart, and equal ones are looked at whole.
+        let key = factors.a.iter().take(4).map(|x| x.to_bits()).collect();
+        let first = *first_with.entry(key).or_insert(adapter);
+        let same_a = first.factors[index].is_some_and(|other| other.a == factors.a && !factors.a.is_empty());
+        if first.digest != adapter.digest && same_a {
+            return Err(Error::incompatible(format!(
+                "adapter {:?}: it and {:?} have the same A in {}, so that both answer to the same inputs; train one of \
+                 them again in another slot of the basis (slot = N), leave one out, or merge by another strategy",
+                adapter.name, first.name, layer.name
+            )));
+        }
+    }
+    Ok(())
 }
 
 blocklora_sdk::export_plugin! {

@@ -23,12 +23,11 @@ pub enum Scope {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ties {
-    /// k: of each task vector the k percent of largest magnitude are kept, the others set to zero. 20 is the
-    /// published value, and what the authors' code runs (`topk20`).
+    /// k: of each task vector the k percent of largest magnitude are kept, the others set to zero. 20 is what the
+    /// authors' code runs (`topk20`).
     #[schemars(range(min = 0.0, max = 100.0))]
     pub top_k_percent: f32,
-    /// lambda: multiplies the merged task vector. 1 is the published value where nothing can be
-    /// tuned; the authors' code searches 0.8 to 2.5.
+    /// lambda: multiplies the merged task vector. 1 leaves it as it is; the authors' code searches 0.8 to 2.5.
     #[schemars(range(min = 0.0, max = 10.0))]
     pub lambda: f32,
     /// Over what the k percent are chosen.

@@ -40,7 +40,9 @@ pub struct Orthogonal {
     pub settings: ConceptSettings,
     /// Which rows of the basis the concept gets.
     pub allocation: Allocation,
-    /// The concept's slot, with allocation = "allocated"; another one for each concept.
+    /// The concept's slot, with allocation = "allocated"; another one for each concept. It is a slot of the layers' inputs,
+    /// not of a partition of their rows, so that the daemon leases none: the strategy `orthogonal` refuses two adapters
+    /// of one slot.
     pub slot: usize,
     /// Seed of the basis; concepts that are to be merged need the same.
     pub basis_seed: u64,

@@ -42,8 +42,9 @@ impl Drop for Hostile {
 }
 
 impl MergeStrategy for Hostile {
-    fn plan(&self, _job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
+    fn plan(&self, job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
         misbehave("plan");
+        hand_over(job, "plan")?;
         let term = |layer: usize| {
             let terms = present(adapters, layer).map(|(adapter, a, _)| {
                 let coefficient = self.factor * a.weight * if mode("twice") { 2.0 } else { 1.0 };

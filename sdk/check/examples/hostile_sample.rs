@@ -18,6 +18,7 @@ impl Config for Hostile {}
 impl Sampler for Hostile {
     fn sample(&self, denoiser: &mut dyn Denoiser, z: &mut [f32], steps: usize) -> Result<()> {
         misbehave("sample");
+        hand_over(denoiser, "sample")?;
         let schedule = denoiser.schedule().clone();
         let timesteps = schedule.timesteps(if mode("ignores-steps") { 20 } else { steps })?;
         let mut eps = vec![0.0; z.len()];

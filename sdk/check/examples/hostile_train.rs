@@ -33,6 +33,7 @@ impl Trainer for Hostile {
 
     fn train(&self, host: &mut dyn TrainHost) -> Result<Parameters> {
         misbehave("train");
+        hand_over(host, "train")?;
         let mut parameters = train_concept(host, &Recipe::new(&self.settings))?;
         for f in &mut parameters.factors {
             match () {

@@ -260,15 +260,7 @@ impl Client {
     /// All entries of the library that `filter` lets through; the interface lists its keys.
     pub async fn library(&self, filter: Options) -> Result<Vec<LibraryEntry>> {
         let (manager, filter) = (self.manager().await?, filter.into_dict());
-        let mut entries = Vec::new();
-        loop {
-            let page = manager.query_library(&filter, entries.len() as u32, PAGE).await?;
-            let last = page.len() < PAGE as usize;
-            entries.extend(read_all::<LibraryEntry>(&page)?);
-            if last {
-                return Ok(entries);
-            }
-        }
+        all_pages(async |offset| Ok(manager.query_library(&filter, offset, PAGE).await?)).await
     }
 
     /// At most `limit` jobs that `filter` lets through, newest first, after the first `offset`.
@@ -281,7 +273,8 @@ impl Client {
         let filter = Options::new()
             .maybe("base_digest", base_digest.map(str::to_owned))
             .maybe("partition", partition.map(|p| crate::value::nested(p.dict())));
-        read_all(&self.manager().await?.list_slots(&filter.into_dict()).await?)
+        let (manager, filter) = (self.manager().await?, filter.into_dict());
+        all_pages(async |offset| Ok(manager.list_slots(&filter, offset, PAGE).await?)).await
     }
 
     /// A job that does nothing, to measure what a job costs.
@@ -303,6 +296,22 @@ impl Client {
     /// The composition at `path`, for example of [`Merged`].
     pub async fn composition(&self, path: OwnedObjectPath) -> Result<Composition> {
         Composition::new(&self.connection().await?, path).await
+    }
+}
+
+/// Every entry of a list that `page` gives [`PAGE`] entries of, from an offset on.
+async fn all_pages<T>(page: impl AsyncFn(u32) -> Result<Vec<Dict>>) -> Result<Vec<T>>
+where
+    T: serde::de::DeserializeOwned,
+{
+    let mut entries = Vec::new();
+    loop {
+        let page = page(entries.len() as u32).await?;
+        let last = page.len() < PAGE as usize;
+        entries.extend(read_all::<T>(&page)?);
+        if last {
+            return Ok(entries);
+        }
     }
 }
 

@@ -34,7 +34,7 @@ pub trait Manager {
     fn register_model(&self, path: &str, options: &Dict) -> Result<OwnedObjectPath>;
     fn forget_model(&self, id: &str, options: &Dict) -> Result<()>;
     fn list_jobs(&self, filter: &Dict, offset: u32, limit: u32) -> Result<Vec<Dict>>;
-    fn list_slots(&self, filter: &Dict) -> Result<Vec<Dict>>;
+    fn list_slots(&self, filter: &Dict, offset: u32, limit: u32) -> Result<Vec<Dict>>;
     fn lease_slot(&self, partition: &Dict, options: &Dict) -> Result<(String, u32)>;
     fn release_slot(&self, lease: &str, options: &Dict) -> Result<()>;
     fn reclaim_memory(&self, device: &str, bytes: u64, options: &Dict) -> Result<u64>;

@@ -269,6 +269,11 @@ pub struct ResultFile {
 }
 
 impl ResultFile {
+    /// Whether a plugin handed it over beside the job's own files.
+    pub fn is_artefact(&self) -> bool {
+        self.text("format") == "artefact"
+    }
+
     /// A text of [`Self::details`]; "" if there is none.
     pub fn text(&self, key: &str) -> &str {
         self.details.get(key).and_then(Value::as_str).unwrap_or_default()

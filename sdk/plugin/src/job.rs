@@ -32,9 +32,11 @@ pub trait Job: Sync {
     /// The job's seed: it decides every random number.
     fn seed(&self) -> u64;
 
-    /// Keeps `bytes` beside the job's result under `name` (letters, digits, `_`, `-` and dots; the last one wins):
-    /// pictures, tables, whatever helps to understand a run. Fails with [`Code::Host`](crate::Code::Host) where it
-    /// cannot be kept.
+    /// Keeps `bytes` beside the job's result under `name`: pictures, tables, whatever helps to understand a run. A name is
+    /// 1 to 64 letters, digits, `_`, `-` and dots, the first one no dot; of equal names the last one wins. A resumed
+    /// training has those from before. Fails with [`Code::Host`](crate::Code::Host) where it cannot be kept, such as
+    /// more than 32 of them or 64 MiB in all, and with [`Code::NotSupported`](crate::Code::NotSupported) where the
+    /// plugin does not run for a job of the daemon.
     fn artefact(&self, name: &str, bytes: &[u8]) -> Result<()>;
 
     /// The random numbers of `stream` at `step`; `lane` tells layers, pictures or the like apart (16 bits of it count).

@@ -1,7 +1,7 @@
 //! The slot registry: who owns which rows.
 
 use blocklora_spec::{Partition, Scheme};
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::{Catalogue, scheme_from_name, scheme_name};
 use crate::error::{Error, Kind, Result};
@@ -42,6 +42,37 @@ pub struct SlotEntry {
     pub partition: Partition,
     /// Who owns it.
     pub holder: Holder,
+}
+
+/// Which slots are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct SlotFilter {
+    /// Of the model with this digest.
+    pub base_digest: Option<String>,
+    /// Of this division of the rows, whatever its slot.
+    pub partition: Option<Partition>,
+}
+
+impl SlotEntry {
+    /// Of base_digest, scheme, capacity, seed, slot, is_adapter, name, digest, lease, uid, expires_usec.
+    fn from_row(row: &Row) -> rusqlite::Result<Self> {
+        let base_digest: String = row.get(0)?;
+        let scheme = scheme_from_name(&row.get::<_, String>(1)?).unwrap_or(Scheme::Contiguous);
+        let seed = row.get::<_, i64>(3)? as u64;
+        let partition = Partition { scheme, capacity: row.get(2)?, seed, slot: row.get(4)? };
+        let holder = match row.get(5)? {
+            true => Holder::Adapter(row.get(6)?, row.get(7)?),
+            false => Holder::Lease(Lease {
+                id: row.get(8)?,
+                base_digest: base_digest.clone(),
+                partition,
+                name: row.get(6)?,
+                uid: row.get(9)?,
+                expires_usec: row.get::<_, i64>(10)? as u64,
+            }),
+        };
+        Ok(Self { base_digest, partition, holder })
+    }
 }
 
 /// Permutations depend on the seed; for other schemes it means nothing and is kept as 0.
@@ -141,11 +172,13 @@ impl Catalogue {
 
     /// The lease `id`.
     pub fn find_lease(&self, id: &str) -> Result<Lease> {
-        let found = self.slots()?.into_iter().find_map(|slot| match slot.holder {
-            Holder::Lease(lease) if lease.id == id => Some(lease),
-            _ => None,
-        });
-        found.ok_or_else(|| Error::option(format!("there is no lease {id:?}; it may have expired")))
+        let sql = "SELECT base_digest, scheme, capacity, partition_seed, slot, 0, name, '', id, uid, expires_usec \
+                   FROM leases WHERE id = ? AND (expires_usec = 0 OR expires_usec >= ?)";
+        let entry = self.with(|c| c.query_row(sql, params![id, now_usec() as i64], SlotEntry::from_row).optional())?;
+        match entry.map(|entry| entry.holder) {
+            Some(Holder::Lease(lease)) => Ok(lease),
+            _ => Err(Error::option(format!("there is no lease {id:?}; it may have expired"))),
+        }
     }
 
     /// Gives a lease back; one that is gone already is no error.
@@ -153,43 +186,30 @@ impl Catalogue {
         self.with(|c| c.execute("DELETE FROM leases WHERE id = ?", [id]).map(drop))
     }
 
-    /// Every owned slot: leases, then adapters.
-    pub fn slots(&self) -> Result<Vec<SlotEntry>> {
+    /// A page of the owned slots, by model, division and slot; of one slot leases first, then adapters.
+    pub fn slots(&self, filter: &SlotFilter, offset: u32, limit: u32) -> Result<Vec<SlotEntry>> {
+        let sql = "SELECT * FROM ( \
+                     SELECT base_digest, scheme, capacity, partition_seed AS seed, slot, 0 AS is_adapter, name, \
+                       '' AS digest, id, uid, expires_usec FROM leases WHERE expires_usec = 0 OR expires_usec >= ?1 \
+                     UNION ALL \
+                     SELECT base_digest, scheme, capacity, CASE scheme WHEN 'permuted' THEN partition_seed ELSE 0 END, \
+                       slot, 1, name, digest, '', 0, 0 FROM adapters WHERE scheme IS NOT NULL \
+                   ) WHERE (?2 IS NULL OR base_digest = ?2) \
+                     AND (?3 IS NULL OR (scheme = ?3 AND capacity = ?4 AND seed = ?5)) \
+                   ORDER BY base_digest, scheme, capacity, seed, slot, is_adapter, name, digest LIMIT ?6 OFFSET ?7";
+        let partition = filter.partition.as_ref().map(canonical);
+        let partition = partition.as_ref();
         self.with(|c| {
-            let transaction = c.transaction()?;
-            drop_expired(&transaction)?;
-            let mut list = Vec::new();
-            {
-                let mut statement = transaction.prepare_cached(
-                    "SELECT id, base_digest, scheme, capacity, partition_seed, slot, name, uid, expires_usec FROM leases \
-                     ORDER BY base_digest, scheme, capacity, partition_seed, slot",
-                )?;
-                let rows = statement.query_map([], |row| {
-                    let scheme = scheme_from_name(&row.get::<_, String>(2)?).unwrap_or(Scheme::Contiguous);
-                    let seed = row.get::<_, i64>(4)? as u64;
-                    let partition = Partition { scheme, capacity: row.get(3)?, seed, slot: row.get(5)? };
-                    let (id, base_digest) = (row.get(0)?, row.get::<_, String>(1)?);
-                    let expires_usec = row.get::<_, i64>(8)? as u64;
-                    let base = base_digest.clone();
-                    let lease = Lease { id, base_digest, partition, name: row.get(6)?, uid: row.get(7)?, expires_usec };
-                    Ok(SlotEntry { base_digest: base, partition, holder: Holder::Lease(lease) })
-                })?;
-                list.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
-                let mut statement = transaction.prepare_cached(
-                    "SELECT base_digest, scheme, capacity, partition_seed, slot, name, digest FROM adapters \
-                     WHERE scheme IS NOT NULL ORDER BY base_digest, scheme, capacity, partition_seed, slot, name",
-                )?;
-                let rows = statement.query_map([], |row| {
-                    let scheme = scheme_from_name(&row.get::<_, String>(1)?).unwrap_or(Scheme::Contiguous);
-                    let seed = row.get::<_, i64>(3)? as u64;
-                    let partition = canonical(&Partition { scheme, capacity: row.get(2)?, seed, slot: row.get(4)? });
-                    let holder = Holder::Adapter(row.get(5)?, row.get(6)?);
-                    Ok(SlotEntry { base_digest: row.get(0)?, partition, holder })
-                })?;
-                list.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
-            }
-            transaction.commit()?;
-            Ok(list)
+            let values = params![
+                now_usec() as i64,
+                filter.base_digest,
+                partition.map(|p| scheme_name(p.scheme)),
+                partition.map(|p| p.capacity),
+                partition.map(|p| p.seed as i64),
+                limit,
+                offset
+            ];
+            c.prepare_cached(sql)?.query_map(values, SlotEntry::from_row)?.collect()
         })
     }
 }
@@ -218,7 +238,18 @@ mod tests {
         assert_eq!(catalogue.lease("other", &PARTITION, None, "", 7, 0).unwrap().partition.slot, 0);
         catalogue.release(&last.id).unwrap();
         assert_eq!(lease(None).unwrap().partition.slot, 2);
-        assert_eq!(catalogue.slots().unwrap().len(), 4);
+        let all = catalogue.slots(&SlotFilter::default(), 0, 100).unwrap();
+        assert_eq!(all.len(), 4);
+        // Pages are cut out of the whole list.
+        let pages = (0..3).map(|page| catalogue.slots(&SlotFilter::default(), 2 * page, 2).unwrap());
+        assert_eq!(pages.collect::<Vec<_>>().concat(), all);
+        let of = |base: Option<&str>, partition: Option<Partition>| {
+            let filter = SlotFilter { base_digest: base.map(str::to_owned), partition };
+            catalogue.slots(&filter, 0, 100).unwrap().len()
+        };
+        let seed = Partition { seed: 1, ..PARTITION };
+        let other = Partition { capacity: 4, ..PARTITION };
+        assert_eq!((of(Some("base"), None), of(Some("base"), Some(seed)), of(None, Some(other))), (3, 3, 0));
     }
 
     #[test]

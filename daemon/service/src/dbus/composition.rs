@@ -37,7 +37,7 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
                 }
                 given => given,
             };
-            let set = set_of(call, &composition.model, entries, strategy, config)?;
+            let set = set_of(call, &composition.model, entries, strategy, config).await?;
             let checked = set.clone();
             call.blocking(move |daemon| check_plan(daemon, &checked)).await?;
             let generation = change(composition, Some(generation), set)?;

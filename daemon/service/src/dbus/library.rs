@@ -8,11 +8,11 @@ use zbus::{OwnedFd, Variant};
 
 use super::call::{Answer, Call, Refusal, no_options};
 use super::interfaces::Method;
-use super::manager::partition_of;
+use super::slots::partition_of;
 use super::value::{Dict, Options, dict, own};
 use crate::catalogue::adapters::{AdapterEntry, Filter};
 use crate::catalogue::jobs::{JobEntry, JobFilter};
-use crate::catalogue::leases::{Holder, SlotEntry};
+use crate::catalogue::leases::{Holder, SlotEntry, SlotFilter};
 use crate::catalogue::models::ModelEntry;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
@@ -80,14 +80,15 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
         }
         "ListJobs" => list_jobs(call, method).await,
         "ListSlots" => {
-            let mut filter = Options::new(call.args::<Dict>()?);
-            let base = filter.string("base_digest")?;
+            let (filter, offset, limit): (Dict, u32, u32) = call.args()?;
+            check_page(limit)?;
+            let mut filter = Options::new(filter);
+            let base_digest = filter.string("base_digest")?;
             let partition = filter.options("partition")?.map(partition_of).transpose()?;
             filter.finish()?;
-            let mut slots = call.blocking(|daemon| daemon.catalogue.slots()).await?;
-            slots.retain(|slot| base.as_ref().is_none_or(|base| *base == slot.base_digest));
-            slots.retain(|slot| partition.as_ref().is_none_or(|p| p.same_division(&slot.partition)));
-            call.reply(method, &slots.iter().map(slot_dict).collect::<Vec<Dict>>())
+            let filter = SlotFilter { base_digest, partition };
+            let page = call.blocking(move |daemon| daemon.catalogue.slots(&filter, offset, limit)).await?;
+            call.reply(method, &page.iter().map(slot_dict).collect::<Vec<Dict>>())
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
     }

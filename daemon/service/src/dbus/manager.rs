@@ -1,43 +1,30 @@
 //! org.blocklora.Daemon1.Manager: what starts work.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 
-use blocklora_engine::train::Concept;
-use blocklora_spec::{NAME_RULE, Partition, Scheme, Storage, is_name};
 use tokio::sync::oneshot;
-use zbus::{OwnedFd, OwnedObjectPath, Variant};
+use zbus::{OwnedObjectPath, Variant};
 
 use super::call::{Answer, Call, Refusal, no_options};
 use super::interfaces::Method;
 use super::value::{Dict, Options};
-use super::{entries_of, set_of};
-use crate::catalogue::{adapters::kind_from_name, scheme_from_name};
+use super::{entries_of, set_of, slots, training};
 use crate::config::Precision;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::Control;
-use crate::jobs::work::{Generate, Train, Work};
-use crate::jobs::{Job, Lifetime, Owner, Priority, Ticket, now_usec};
-use crate::memfd::read_client_file;
+use crate::jobs::work::{Generate, Work};
+use crate::jobs::{Job, Lifetime, Priority};
 use crate::objects::{CompositionObject, Object, object_path, path_of};
 
-/// The partition where a training names none: the paper's blocks, for up to 16 concepts.
-pub const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
-/// How long a lease lasts by default.
-const LEASE_USEC: u64 = 24 * 60 * 60 * 1_000_000;
 /// Bytes of a prompt: far more than any text encoder reads, and little enough to be told so at once.
 const PROMPT_BYTES_MAX: usize = 64 << 10;
-/// Pictures of one training.
-const PICTURES_MAX: usize = 10_000;
 
 /// Answers a call, if it is one of these methods.
 pub async fn answer(call: &Call, member: &str, method: &Method) -> Result<Option<zbus::Message>, Refusal> {
     let job = match member {
         "Generate" => generate(call).await?,
-        "Train" => train(call).await?,
+        "Train" => training::train(call).await?,
         "Merge" => merge(call).await?,
         "LoadModel" => load_model(call).await?,
         "EmptyJob" => {
@@ -60,16 +47,8 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Result<Option
             call.blocking(Daemon::reload).await?;
             return call.reply(method, &()).map(Some);
         }
-        "LeaseSlot" => return lease(call, method).await.map(Some),
-        "ReleaseSlot" => {
-            let (id, options): (String, Dict) = call.args()?;
-            no_options(options)?;
-            let wanted = id.clone();
-            let lease = call.blocking(move |daemon| daemon.catalogue.find_lease(&wanted)).await?;
-            call.authorize_owner(lease.uid).await?;
-            call.blocking(move |daemon| daemon.catalogue.release(&id)).await?;
-            return call.reply(method, &()).map(Some);
-        }
+        "LeaseSlot" => return slots::lease(call, method).await.map(Some),
+        "ReleaseSlot" => return slots::release(call, method).await.map(Some),
         _ => return Ok(None),
     };
     call.reply(method, &object_path(&job.path)).map(Some)
@@ -113,7 +92,7 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
                 _ => return Err(Error::option(format!("target {path}: not a model or composition")).into()),
             };
             let entries = entries_of(call, entries.unwrap_or_default()).await?;
-            let set = set_of(call, &model, entries, strategy.0, strategy.1)?;
+            let set = set_of(call, &model, entries, strategy.0, strategy.1).await?;
             (model, set)
         }
     };
@@ -152,9 +131,12 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
         }
     }
     check_size(&call.daemon, &work)?;
-    // A wrong method is said now, not when the job runs.
-    call.daemon.methods.sampler(&work.sampler, &work.sampler_config)?;
-    Ok(call.daemon.submit(&ticket, Work::Generate(Box::new(work)))?)
+    let submit = move |daemon: &Daemon| {
+        // A wrong method is said now, not when the job runs. It may be scanned first, which takes a while.
+        daemon.methods.sampler(&work.sampler, &work.sampler_config)?;
+        daemon.submit(&ticket, Work::Generate(Box::new(work)))
+    };
+    Ok(call.blocking(submit).await?)
 }
 
 fn check_size(daemon: &Daemon, work: &Generate) -> Result<()> {
@@ -198,7 +180,7 @@ async fn merge(call: &Call) -> Result<Arc<Job>, Refusal> {
     call.daemon.model(&model)?;
     let parts = parts.into_iter().map(|(path, options)| (path.as_str().to_owned(), Options::new(options))).collect();
     let entries = entries_of(call, parts).await?;
-    let set = set_of(call, &model, entries, Some(strategy), config)?;
+    let set = set_of(call, &model, entries, Some(strategy), config).await?;
     let composition = path_of("composition", &call.daemon.new_id());
     let object = CompositionObject {
         path: composition.clone(),
@@ -252,250 +234,3 @@ async fn reclaim(call: &Call, method: &Method) -> Answer {
     call.reply(method, &freed)
 }
 
-/// The partition that `options` describe.
-pub fn partition_of(mut options: Options) -> Result<Partition> {
-    let scheme = options.string("scheme")?;
-    let unknown =
-        |name: &str| Error::option(format!("partition: scheme {name:?} is not contiguous, strided or permuted"));
-    let scheme = scheme.map(|name| scheme_from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
-    let partition = Partition {
-        scheme: scheme.unwrap_or(PARTITION.scheme),
-        capacity: options.u32("capacity")?.unwrap_or(PARTITION.capacity),
-        seed: options.u64("seed")?.unwrap_or(0),
-        slot: 0,
-    };
-    options.finish()?;
-    let most = blocklora_spec::limits::CAPACITY_MAX;
-    if !(1..=most).contains(&partition.capacity) {
-        return Err(Error::option(format!("partition: capacity = {}: must be 1 to {most}", partition.capacity)));
-    }
-    Ok(partition)
-}
-
-/// The digest of a model's weights, which slots are counted by. A model that was never loaded is read for it.
-fn base_digest(daemon: &Daemon, id: &str) -> Result<String> {
-    let model = daemon.model(id)?;
-    let known = model.state().digest.clone();
-    if !known.is_empty() {
-        return Ok(known);
-    }
-    let fail = |e: blocklora_engine::Error| Error::new(Kind::ModelNotFound, format!("model {id:?}: {e}"));
-    let precision = daemon.config().models.precision.dtype();
-    let loaded = blocklora_engine::model::Model::load(&model.path, &blocklora_engine::Device::Cpu, precision);
-    let digest = loaded.map_err(fail)?.digest().to_owned();
-    model.state().digest.clone_from(&digest);
-    daemon.touch(&model.object_path());
-    Ok(digest)
-}
-
-async fn lease(call: &Call, method: &Method) -> Answer {
-    let (partition, options): (Dict, Dict) = call.args()?;
-    call.authorize("train").await?;
-    let partition = partition_of(Options::new(partition))?;
-    let mut options = Options::new(options);
-    let slot = options.u32("slot")?;
-    let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
-    let name = options.string("name")?.unwrap_or_default();
-    let span = options.u64("expires_usec")?.unwrap_or(LEASE_USEC);
-    options.finish()?;
-    check_slot(&partition, slot)?;
-    let expires = if span == 0 { 0 } else { now_usec().saturating_add(span).min(i64::MAX as u64) };
-    let uid = call.caller.uid;
-    let lease = call
-        .blocking(move |daemon| {
-            let base = base_digest(daemon, &model)?;
-            daemon.catalogue.lease(&base, &partition, slot, &name, uid, expires)
-        })
-        .await?;
-    call.reply(method, &(lease.id, lease.partition.slot))
-}
-
-fn check_slot(partition: &Partition, slot: Option<u32>) -> Result<()> {
-    match slot {
-        Some(slot) if slot >= partition.capacity => {
-            Err(Error::option(format!("slot = {slot}: must be 0 to {}", partition.capacity - 1)))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Which rows a training asks for.
-enum Rows {
-    All,
-    Lease(String),
-    Slot(Partition, Option<u32>),
-}
-
-async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
-    let (plugin, config, data, options): (String, Dict, Vec<OwnedFd>, Dict) = call.args()?;
-    call.authorize("train").await?;
-    let mut options = Options::new(options);
-    let ticket = call.ticket(&mut options, Priority::Background, Lifetime::Daemon)?;
-    let name = options.required("name")?;
-    if !is_name(&format!("{name}-1")) {
-        return Err(Error::option(format!("option \"name\": {name:?}: with -1 behind it, it {NAME_RULE}")).into());
-    }
-    let class_word = options.required("class_word")?;
-    let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
-    let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
-    let kind = kind_from_name(&kind).ok_or_else(unknown)?;
-    let captions = options.strings("captions")?;
-    let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
-    let rows = rows_of(call, &plugin, &mut options)?;
-    let storage = match options.string("storage")?.as_deref() {
-        None | Some("f32") => Storage::F32,
-        Some("f16") => Storage::F16,
-        Some(other) => return Err(Error::option(format!("option \"storage\": {other:?} is not f32 or f16")).into()),
-    };
-    let seed = options.u64("seed")?.unwrap_or(0);
-    let (licence, created) = (options.string("licence")?, options.string("created")?);
-    options.finish()?;
-    if data.is_empty() || data.len() > PICTURES_MAX {
-        return Err(Error::option(format!("data: {} pictures; 1 to {PICTURES_MAX} are needed", data.len())).into());
-    }
-    let captions = captions.unwrap_or_else(|| vec![String::new(); data.len()]);
-    if captions.len() != data.len() {
-        let message = format!("option \"captions\": {} for {} pictures; give one for each", captions.len(), data.len());
-        return Err(Error::option(message).into());
-    }
-    call.daemon.model(&model)?;
-    let config = Options::new(config).into_json()?;
-    let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
-    // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
-    let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
-    let trainer = call.daemon.methods.trainer(&plugin, &config, tried)?;
-    trainer.plan(&concept).map_err(Error::from)?;
-
-    let uid = call.caller.uid;
-    let job = call
-        .blocking(move |daemon| {
-            let id = daemon.new_id();
-            let folder = daemon.catalogue.folder().join("jobs").join(&id);
-            let pictures = store_pictures(daemon, &folder, &data, &captions);
-            let work = pictures.and_then(|pictures| {
-                let (partition, lease) = take_rows(daemon, rows, &model, &name, uid)?;
-                Ok(Train {
-                    model,
-                    trainer: plugin,
-                    config,
-                    partition,
-                    lease,
-                    name,
-                    class_word,
-                    kind,
-                    pictures,
-                    seed,
-                    storage,
-                    licence,
-                    created,
-                    folder: folder.clone(),
-                })
-            });
-            let lease = work.as_ref().ok().and_then(|work| work.lease.clone());
-            let job = work.and_then(|work| daemon.submit_as(id, &ticket, Work::Train(Box::new(work))));
-            if job.is_err() {
-                // What could not be queued leaves nothing behind; the first error is the one to report.
-                let _ = std::fs::remove_dir_all(&folder);
-                if let Some(lease) = lease {
-                    let _ = daemon.catalogue.release(&lease);
-                }
-            }
-            job
-        })
-        .await?;
-    Ok(job)
-}
-
-fn rows_of(call: &Call, plugin: &str, options: &mut Options) -> Result<Rows> {
-    let in_slots = call.daemon.methods.trains_in_slots(plugin)?;
-    let partition = options.options("partition")?.map(partition_of).transpose()?;
-    let slot = options.u32("slot")?;
-    let all_rows = options.boolean("all_rows")?;
-    let lease = options.string("lease")?;
-    if let Some(lease) = lease {
-        if partition.is_some() || slot.is_some() || all_rows.is_some() {
-            return Err(Error::option("option \"lease\": give it alone, without partition, slot and all_rows"));
-        }
-        return Ok(Rows::Lease(lease));
-    }
-    if all_rows.unwrap_or(!in_slots) {
-        if partition.is_some() || slot.is_some() {
-            return Err(Error::option(format!("{plugin} is to own all rows: leave partition and slot out")));
-        }
-        return Ok(Rows::All);
-    }
-    let partition = partition.unwrap_or(PARTITION);
-    check_slot(&partition, slot)?;
-    Ok(Rows::Slot(partition, slot))
-}
-
-/// Leases the rows for a training; none: all rows.
-fn take_rows(
-    daemon: &Daemon,
-    rows: Rows,
-    model: &str,
-    name: &str,
-    uid: u32,
-) -> Result<(Option<Partition>, Option<String>)> {
-    match rows {
-        Rows::All => Ok((None, None)),
-        Rows::Lease(id) => {
-            let lease = daemon.catalogue.find_lease(&id)?;
-            if lease.uid != uid && uid != 0 && uid != daemon.uid {
-                return Err(Error::new(Kind::NotAuthorized, format!("the lease {id} belongs to user {}", lease.uid)));
-            }
-            let base = base_digest(daemon, model)?;
-            if lease.base_digest != base {
-                return Err(Error::option(format!("the lease {id} is for another model than {model:?}")));
-            }
-            Ok((Some(lease.partition), Some(id)))
-        }
-        Rows::Slot(partition, slot) => {
-            let base = base_digest(daemon, model)?;
-            let lease = daemon.catalogue.lease(&base, &partition, slot, name, uid, 0)?;
-            Ok((Some(Partition { seed: partition.seed, ..lease.partition }), Some(lease.id)))
-        }
-    }
-}
-
-/// Writes the pictures that a client sent into the job's folder.
-fn store_pictures(
-    daemon: &Daemon,
-    folder: &Path,
-    data: &[OwnedFd],
-    captions: &[String],
-) -> Result<Vec<(String, Option<String>)>> {
-    let io = |e: std::io::Error| Error::io(folder.display(), &e);
-    std::fs::create_dir_all(folder).map_err(io)?;
-    let mut left = daemon.config().limits.training_data_bytes_max;
-    let mut pictures = Vec::new();
-    for (index, (fd, caption)) in data.iter().zip(captions).enumerate() {
-        let what = format!("data[{index}]");
-        let bytes = read_client_file(fd, left, &what)?;
-        left -= bytes.len() as u64;
-        let name = format!("{index:05}");
-        let path = folder.join(&name);
-        let mut file = File::create(&path).map_err(io)?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io)?;
-        // A picture that cannot be read is said now.
-        let checked = blocklora_engine::image::Picture::load(&path);
-        checked.map_err(|e| Error::option(e.to_string().replace(&path.display().to_string(), &what)))?;
-        pictures.push((name, Some(caption.clone()).filter(|c| !c.is_empty())));
-    }
-    File::open(folder).and_then(|f| f.sync_all()).map_err(io)?;
-    Ok(pictures)
-}
-
-impl Daemon {
-    /// Queues a training that an earlier daemon left unfinished.
-    pub fn resume_training(self: &Arc<Self>, id: String, uid: u32, priority: &str, work: Train) -> Result<Arc<Job>> {
-        let ticket = Ticket {
-            owner: Owner { client: String::new(), uid },
-            priority: Priority::from_name(priority)?,
-            lifetime: Lifetime::Daemon,
-            token: None,
-            timeout: None,
-        };
-        self.submit_as(id, &ticket, Work::Train(Box::new(work)))
-    }
-}

@@ -14,7 +14,9 @@ pub mod plugin;
 pub mod serve;
 pub mod sets;
 pub mod signals;
+pub mod slots;
 pub mod standard;
+pub mod training;
 pub mod value;
 
 pub use sets::{entries_of, set_of};

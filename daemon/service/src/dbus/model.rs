@@ -29,7 +29,7 @@ pub async fn answer(call: &Call, model: &Arc<ModelObject>, member: &str, method:
             options.finish()?;
             let list = list.into_iter().map(|(path, o)| (path.as_str().to_owned(), Options::new(o))).collect();
             let entries = entries_of(call, list).await?;
-            let set = set_of(call, &model.id, entries, strategy, config)?;
+            let set = set_of(call, &model.id, entries, strategy, config).await?;
             let checked = set.clone();
             call.blocking(move |daemon| check_plan(daemon, &checked)).await?;
             let path = path_of("composition", &call.daemon.new_id());

@@ -47,7 +47,7 @@ pub async fn entries_of(call: &Call, list: Vec<(String, Options)>) -> Result<Vec
 }
 
 /// The set of `entries` on the model, as far as it can be checked without opening files.
-pub fn set_of(
+pub async fn set_of(
     call: &Call,
     model: &str,
     entries: Vec<(Entry, AdapterEntry)>,
@@ -77,7 +77,8 @@ pub fn set_of(
     let strategy =
         strategy.filter(|id| !id.is_empty()).unwrap_or_else(|| call.daemon.config().plugins.merge_strategy.clone());
     let strategy_config = config.unwrap_or_default();
-    call.daemon.methods.strategy(&strategy, &strategy_config)?;
+    let wanted = (strategy.clone(), strategy_config.clone());
+    call.blocking(move |daemon| daemon.methods.strategy(&wanted.0, &wanted.1).map(drop)).await?;
     Ok(Set { entries: entries.into_iter().map(|(entry, _)| entry).collect(), strategy, strategy_config })
 }
 

@@ -5,6 +5,7 @@
 //! remembered by the digest of its file. A library that crashes or hangs is quarantined until its file changes or the
 //! quarantine is lifted.
 
+pub mod artefacts;
 pub mod check;
 pub mod discover;
 mod error;

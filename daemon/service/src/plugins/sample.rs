@@ -1,7 +1,7 @@
 //! A plugin as the engine's sampler, and the services of jobs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blocklora_engine::sample::{self as engine, Denoiser, Sampler};
 use blocklora_engine::{Error, Result};
@@ -9,6 +9,7 @@ use blocklora_sdk::sample as sdk;
 use blocklora_sdk::{Code, Job, LogLevel};
 use send_wrapper::SendWrapper;
 
+use super::artefacts::Artefacts;
 use super::merge::failed;
 use super::running::{Place, inside, outside};
 
@@ -55,9 +56,10 @@ fn schedule(schedule: &engine::NoiseSchedule) -> sdk::NoiseSchedule {
 }
 
 /// A job whose log goes to the daemon's.
-#[derive(Default)]
 pub struct QuietJob {
     seed: u64,
+    /// Where what a plugin hands over goes; none where it is not run for a job.
+    artefacts: Option<Arc<Artefacts>>,
     cancelled: AtomicBool,
     /// The engine's own error behind one that a plugin passes on.
     cause: Mutex<Option<Error>>,
@@ -65,7 +67,8 @@ pub struct QuietJob {
 
 impl QuietJob {
     pub fn new(seed: u64) -> Self {
-        Self { seed, ..Self::default() }
+        let artefacts = Artefacts::current();
+        Self { seed, artefacts, cancelled: AtomicBool::default(), cause: Mutex::default() }
     }
 
     fn cause(&self) -> MutexGuard<'_, Option<Error>> {
@@ -117,8 +120,11 @@ impl Job for QuietJob {
     fn seed(&self) -> u64 {
         self.seed
     }
-    fn artefact(&self, name: &str, _bytes: &[u8]) -> blocklora_sdk::Result<()> {
-        Err(blocklora_sdk::Error::new(Code::NotSupported, format!("{name}: this job keeps no artefacts")))
+    fn artefact(&self, name: &str, bytes: &[u8]) -> blocklora_sdk::Result<()> {
+        match &self.artefacts {
+            Some(artefacts) => artefacts.keep(name, bytes),
+            None => Err(blocklora_sdk::Error::new(Code::NotSupported, format!("{name}: nothing is kept here"))),
+        }
     }
 }
 

@@ -9,13 +9,12 @@ use blocklora_engine::image::{AdapterUse, Filter, GenerationParameters, MergeUse
 use blocklora_engine::model::Model;
 use zbus::Variant;
 
-use super::{Outcome, Restore, Worker, usec_of, usec_since};
+use super::{Outcome, Restore, Worker, result_file, usec_of, usec_since};
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::previews::Frame;
 use crate::jobs::work::Generate;
-use crate::jobs::{Job, ResultFile};
-use crate::memfd;
+use crate::jobs::Job;
 
 impl Worker {
     /// Draws the pictures of a job. Each is made as if it were alone: what runs in between is put back, bit for bit.
@@ -80,13 +79,13 @@ impl Worker {
                     ("format", own("rgb8")),
                     ("stride", own(3 * picture.width() as u32)),
                 ]));
-                files.push(file("raw", "picture.rgb", pixels, info)?);
+                files.push(result_file("raw", "picture.rgb", pixels, info)?);
             }
             if work.png {
                 let png = picture.to_png(Some(&parameters))?;
                 let mut info = common();
                 info.insert("media_type".to_owned(), own("image/png"));
-                files.push(file("png", "picture.png", &png, info)?);
+                files.push(result_file("png", "picture.png", &png, info)?);
             }
         }
         let used: Vec<Dict> = adapters
@@ -183,12 +182,6 @@ fn common(picture: &Picture, index: usize, seed: u64, parameters: &str) -> Dict 
         ("seed", own(seed)),
         ("parameters", own(parameters.to_owned())),
     ])
-}
-
-fn file(format: &'static str, name: &str, bytes: &[u8], mut info: Dict) -> Result<ResultFile> {
-    let size = bytes.len() as u64;
-    info.insert("size".to_owned(), own(size));
-    Ok(ResultFile { fd: memfd::sealed(name, bytes)?, size, format, info })
 }
 
 /// Decodes the latents of a step for those who watch.

@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 use crate::jobs::queue::{Control, Next};
 use crate::jobs::work::{Set, Work};
 use crate::jobs::{Job, Lifetime, ResultFile, Stop};
+use crate::memfd;
+use crate::plugins::artefacts::Artefacts;
 use resident::Residents;
 
 /// How often the worker looks for models to unload when nothing else happens.
@@ -71,7 +73,15 @@ impl Worker {
         self.daemon.set_running(job, true);
         let taken = job.work.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let Some(work) = taken else { return };
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.execute(job, work)));
+        let artefacts = Arc::new(match &work {
+            // A training goes on after its process.
+            Work::Train(train) => Artefacts::in_folder(train.folder.join("artefacts")),
+            _ => Artefacts::default(),
+        });
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let done = artefacts.during(|| self.execute(job, work))?;
+            done.map(|done| with_artefacts(done, &artefacts)).transpose()
+        }));
         let outcome = match outcome {
             // It goes on beside the device.
             Ok(Ok(None)) => return,
@@ -180,6 +190,26 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// What a job gives, with what plugins handed over meanwhile behind its own files.
+fn with_artefacts((details, mut files): (Dict, Vec<ResultFile>), artefacts: &Artefacts) -> Outcome {
+    for (name, bytes) in artefacts.take() {
+        let info = dict([
+            ("media_type", own("application/octet-stream")),
+            ("format", own("artefact")),
+            ("name", own(name.clone())),
+        ]);
+        files.push(result_file("artefact", &name, &bytes, info)?);
+    }
+    Ok((details, files))
+}
+
+/// A file in sealed memory.
+fn result_file(format: &'static str, name: &str, bytes: &[u8], mut info: Dict) -> Result<ResultFile> {
+    let size = bytes.len() as u64;
+    info.insert("size".to_owned(), own(size));
+    Ok(ResultFile { fd: memfd::sealed(name, bytes)?, size, format, info })
 }
 
 /// Tells what came of a job.

@@ -104,16 +104,16 @@ impl Residents {
 
     fn load(&self, id: &str, path: &std::path::Path, precision: Precision) -> Result<Resident> {
         let fail = |e: blocklora_engine::Error| match Error::from(e) {
-            e if e.kind == Kind::NotSupported => e,
+            e if [Kind::NotSupported, Kind::OutOfDeviceMemory].contains(&e.kind) => e,
             e => Error::new(Kind::ModelNotFound, format!("model {id:?}: {}", e.message)),
         };
+        let device = &self.daemon.device.device;
         let files: u64 = Component::ALL.iter().map(|c| folder_bytes(&path.join(c.folder()))).sum();
-        let (_, free) = memory::system();
-        if free > 0 && files > free {
-            let message = format!("model {id:?} needs about {files} bytes of memory, {free} are free");
-            return Err(Error::new(Kind::OutOfDeviceMemory, message));
+        if device.is_cpu() {
+            check_room(id, files, memory::system().1)?;
         }
-        let model = Model::load(path, &self.daemon.device.device, precision.dtype()).map_err(fail)?;
+        // What a card has free only its driver knows, and says so by refusing.
+        let model = Model::load(path, device, precision.dtype()).map_err(fail)?;
         let target = |(i, info): (usize, &LayerInfo)| Target {
             info: info.clone(),
             live: model.live(LayerId(i)).clone(),
@@ -295,9 +295,36 @@ impl Residents {
     }
 }
 
+/// Fails if a model with this many bytes of weights does not fit into the `free` bytes of main memory; 0 is unknown.
+fn check_room(id: &str, weights: u64, free: u64) -> Result<()> {
+    if free == 0 || weights <= free {
+        return Ok(());
+    }
+    let message = format!(
+        "model {id:?} needs about {} MiB of memory, {} MiB are free: end other programs, or load it as f16",
+        weights >> 20,
+        free >> 20
+    );
+    Err(Error::new(Kind::OutOfDeviceMemory, message))
+}
+
 /// Bytes of the weight files in a folder.
 fn folder_bytes(folder: &std::path::Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     let weights = entries.flatten().filter(|e| e.path().extension().is_some_and(|e| e == "safetensors"));
     weights.filter_map(|e| e.metadata().ok()).map(|m| m.len()).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
+        assert!(check_room("m", 5 << 20, 5 << 20).is_ok() && check_room("m", u64::MAX, 0).is_ok());
+        let error = check_room("m", 6 << 20, 5 << 20).map_err(|e| (e.kind, e.message));
+        let (kind, message) = error.err().unwrap_or((Kind::Failed, String::new()));
+        assert_eq!(kind, Kind::OutOfDeviceMemory);
+        assert!(message.contains("needs about 6 MiB of memory, 5 MiB are free"), "{message}");
+    }
 }

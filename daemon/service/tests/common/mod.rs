@@ -2,6 +2,9 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod hostile;
+pub mod stub;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
@@ -79,19 +82,27 @@ pub struct Daemon {
     pub child: Child,
     /// More arguments for the next start.
     pub args: Vec<String>,
+    /// More environment for the next start.
+    pub env: Vec<(String, String)>,
     bus: Option<String>,
 }
 
 impl Daemon {
     /// Starts one, on the socket and on `bus` if given, with `config` as its configuration.
     pub fn start_with(bus: Option<&Bus>, config: &str, args: &[&str]) -> Self {
+        Self::start_in(bus, config, args, &[])
+    }
+
+    /// As [`Self::start_with`], with more environment.
+    pub fn start_in(bus: Option<&Bus>, config: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
         std::fs::write(dir.path().join("blocklora.toml"), config).unwrap();
         let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         let bus = bus.map(|bus| bus.address.clone());
-        let child = spawn(dir.path(), bus.as_deref(), &args);
-        let mut daemon = Self { dir, child, args, bus };
+        let env: Vec<(String, String)> = env.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+        let child = spawn(dir.path(), bus.as_deref(), &args, &env);
+        let mut daemon = Self { dir, child, args, env, bus };
         daemon.wait_ready();
         daemon
     }
@@ -104,7 +115,7 @@ impl Daemon {
     /// Starts it again on the same state.
     pub fn restart(&mut self) {
         self.kill();
-        self.child = spawn(self.dir.path(), self.bus.as_deref(), &self.args);
+        self.child = spawn(self.dir.path(), self.bus.as_deref(), &self.args, &self.env);
         self.wait_ready();
     }
 
@@ -179,10 +190,11 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(dir: &Path, bus: Option<&str>, args: &[String]) -> Child {
+fn spawn(dir: &Path, bus: Option<&str>, args: &[String], env: &[(String, String)]) -> Child {
     let log = File::create(dir.join("log")).unwrap();
     let mut command = Command::new(blocklorad());
     command.arg("--config").arg(dir.join("blocklora.toml")).arg("--state").arg(dir.join("state"));
+    command.envs(env.iter().map(|(key, value)| (key, value)));
     command.args(args).env("XDG_RUNTIME_DIR", dir.join("run")).stderr(log).stdin(Stdio::null());
     match bus {
         Some(address) => command.env("DBUS_SESSION_BUS_ADDRESS", address),
@@ -276,10 +288,15 @@ impl Client {
         path.as_str().to_owned()
     }
 
-    /// A set of adapters; its path.
+    /// A set of adapters on the starter; its path.
     pub async fn compose(&self, entries: &[(&str, f64)], options: Dict) -> Result<String, String> {
+        self.compose_on("starter", entries, options).await
+    }
+
+    /// A set of adapters on a model; its path.
+    pub async fn compose_on(&self, model: &str, entries: &[(&str, f64)], options: Dict) -> Result<String, String> {
         let list = entries_of(entries);
-        let model = format!("{ROOT}/model/starter");
+        let model = format!("{ROOT}/model/{model}");
         let path: OwnedObjectPath = self.call(&model, "Model", "Compose", &(list, options)).await?;
         Ok(path.as_str().to_owned())
     }

@@ -23,6 +23,19 @@ static LOADED: extern "C" fn() = {
     loaded
 };
 
+/// Hands over two artefacts, one of them twice, where that is what the mode says; this is no misdeed.
+fn hand_over(job: &(impl blocklora_sdk::Job + ?Sized), place: &str) -> blocklora_sdk::Result<()> {
+    if mode("artefacts") {
+        job.artefact(&format!("{place}.txt"), b"a draft")?;
+        job.artefact(&format!("{place}.txt"), place.as_bytes())?;
+        job.artefact("bytes.bin", &[0, 255, 10])?;
+    }
+    if mode("artefact-outside") {
+        job.artefact("../outside", b"")?;
+    }
+    Ok(())
+}
+
 /// Does what `<what>-<place>` names: panics, crashes, hangs, takes all memory, ends the process.
 fn misbehave(place: &str) {
     let is = |what: &str| mode(&format!("{what}-{place}"));

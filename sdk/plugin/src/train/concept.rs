@@ -138,7 +138,11 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
 
 /// Every prompt that training may draw must fit the model.
 fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
-    let templates = if recipe.prompt.is_some() { &[] } else { templates::of_kind(host.concept().kind) };
+    let templates = match recipe.prompt {
+        Some(_) => &[],
+        None if recipe.settings.templates => templates::of_kind(host.concept().kind),
+        None => &["{}"],
+    };
     recipe.prompt.map_or(Ok(()), |prompt| host.check_prompt(prompt, CONCEPT_TOKENS))?;
     for template in templates {
         for caption in host.captions().iter().flatten().map(String::as_str).chain(["{}"]) {

@@ -1,0 +1,97 @@
+//! org.blocklora.Daemon1.Manager: who owns which slots.
+
+use blocklora_spec::{Partition, Scheme};
+
+use super::call::{Answer, Call, no_options};
+use super::interfaces::Method;
+use super::manager::default_model;
+use super::value::{Dict, Options};
+use crate::catalogue::scheme_from_name;
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
+use crate::jobs::now_usec;
+
+/// The partition where a training names none: the paper's blocks, for up to 16 concepts.
+pub const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
+/// How long a lease lasts by default.
+const LEASE_USEC: u64 = 24 * 60 * 60 * 1_000_000;
+
+/// The partition that `options` describe.
+pub fn partition_of(mut options: Options) -> Result<Partition> {
+    let scheme = options.string("scheme")?;
+    let unknown =
+        |name: &str| Error::option(format!("partition: scheme {name:?} is not contiguous, strided or permuted"));
+    let scheme = scheme.map(|name| scheme_from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
+    let partition = Partition {
+        scheme: scheme.unwrap_or(PARTITION.scheme),
+        capacity: options.u32("capacity")?.unwrap_or(PARTITION.capacity),
+        seed: options.u64("seed")?.unwrap_or(0),
+        slot: 0,
+    };
+    options.finish()?;
+    let most = blocklora_spec::limits::CAPACITY_MAX;
+    if !(1..=most).contains(&partition.capacity) {
+        return Err(Error::option(format!("partition: capacity = {}: must be 1 to {most}", partition.capacity)));
+    }
+    Ok(partition)
+}
+
+/// The digest of a model's weights, which slots are counted by. A model that was never loaded is read for it.
+pub fn base_digest(daemon: &Daemon, id: &str) -> Result<String> {
+    let model = daemon.model(id)?;
+    let known = model.state().digest.clone();
+    if !known.is_empty() {
+        return Ok(known);
+    }
+    let fail = |e: blocklora_engine::Error| Error::new(Kind::ModelNotFound, format!("model {id:?}: {e}"));
+    let precision = daemon.config().models.precision.dtype();
+    let loaded = blocklora_engine::model::Model::load(&model.path, &blocklora_engine::Device::Cpu, precision);
+    let digest = loaded.map_err(fail)?.digest().to_owned();
+    model.state().digest.clone_from(&digest);
+    daemon.touch(&model.object_path());
+    Ok(digest)
+}
+
+/// Answers LeaseSlot.
+pub async fn lease(call: &Call, method: &Method) -> Answer {
+    let (partition, options): (Dict, Dict) = call.args()?;
+    call.authorize("train").await?;
+    let partition = partition_of(Options::new(partition))?;
+    let mut options = Options::new(options);
+    let slot = options.u32("slot")?;
+    let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
+    let name = options.string("name")?.unwrap_or_default();
+    let span = options.u64("expires_usec")?.unwrap_or(LEASE_USEC);
+    options.finish()?;
+    check_slot(&partition, slot)?;
+    let expires = if span == 0 { 0 } else { now_usec().saturating_add(span).min(i64::MAX as u64) };
+    let uid = call.caller.uid;
+    let lease = call
+        .blocking(move |daemon| {
+            let base = base_digest(daemon, &model)?;
+            daemon.catalogue.lease(&base, &partition, slot, &name, uid, expires)
+        })
+        .await?;
+    call.reply(method, &(lease.id, lease.partition.slot))
+}
+
+/// Fails on a slot that the partition does not have.
+pub fn check_slot(partition: &Partition, slot: Option<u32>) -> Result<()> {
+    match slot {
+        Some(slot) if slot >= partition.capacity => {
+            Err(Error::option(format!("slot = {slot}: must be 0 to {}", partition.capacity - 1)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Answers ReleaseSlot.
+pub async fn release(call: &Call, method: &Method) -> Answer {
+    let (id, options): (String, Dict) = call.args()?;
+    no_options(options)?;
+    let wanted = id.clone();
+    let lease = call.blocking(move |daemon| daemon.catalogue.find_lease(&wanted)).await?;
+    call.authorize_owner(lease.uid).await?;
+    call.blocking(move |daemon| daemon.catalogue.release(&id)).await?;
+    call.reply(method, &())
+}

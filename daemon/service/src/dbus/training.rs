@@ -1,0 +1,208 @@
+//! org.blocklora.Daemon1.Manager: trainings.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use blocklora_engine::train::Concept;
+use blocklora_spec::{NAME_RULE, Partition, Storage, is_name};
+use zbus::OwnedFd;
+
+use super::call::{Call, Refusal};
+use super::manager::default_model;
+use super::slots::{PARTITION, base_digest, check_slot, partition_of};
+use super::value::{Dict, Options};
+use crate::catalogue::adapters::kind_from_name;
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
+use crate::jobs::work::{Train, Work};
+use crate::jobs::{Job, Lifetime, Owner, Priority, Ticket};
+use crate::memfd::read_client_file;
+
+/// Pictures of one training.
+const PICTURES_MAX: usize = 10_000;
+
+/// Which rows a training asks for.
+enum Rows {
+    All,
+    Lease(String),
+    Slot(Partition, Option<u32>),
+}
+
+/// Queues a training.
+pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
+    let (plugin, config, data, options): (String, Dict, Vec<OwnedFd>, Dict) = call.args()?;
+    call.authorize("train").await?;
+    let mut options = Options::new(options);
+    let ticket = call.ticket(&mut options, Priority::Background, Lifetime::Daemon)?;
+    let name = options.required("name")?;
+    if !is_name(&format!("{name}-1")) {
+        return Err(Error::option(format!("option \"name\": {name:?}: with -1 behind it, it {NAME_RULE}")).into());
+    }
+    let class_word = options.required("class_word")?;
+    let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
+    let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
+    let kind = kind_from_name(&kind).ok_or_else(unknown)?;
+    let captions = options.strings("captions")?;
+    let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
+    let in_slots = {
+        let plugin = plugin.clone();
+        call.blocking(move |daemon| daemon.methods.trains_in_slots(&plugin)).await?
+    };
+    let rows = rows_of(&plugin, in_slots, &mut options)?;
+    let storage = match options.string("storage")?.as_deref() {
+        None | Some("f32") => Storage::F32,
+        Some("f16") => Storage::F16,
+        Some(other) => return Err(Error::option(format!("option \"storage\": {other:?} is not f32 or f16")).into()),
+    };
+    let seed = options.u64("seed")?.unwrap_or(0);
+    let (licence, created) = (options.string("licence")?, options.string("created")?);
+    options.finish()?;
+    if data.is_empty() || data.len() > PICTURES_MAX {
+        return Err(Error::option(format!("data: {} pictures; 1 to {PICTURES_MAX} are needed", data.len())).into());
+    }
+    let captions = captions.unwrap_or_else(|| vec![String::new(); data.len()]);
+    if captions.len() != data.len() {
+        let message = format!("option \"captions\": {} for {} pictures; give one for each", captions.len(), data.len());
+        return Err(Error::option(message).into());
+    }
+    call.daemon.model(&model)?;
+    let config = Options::new(config).into_json()?;
+    let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
+    let uid = call.caller.uid;
+    let job = call
+        .blocking(move |daemon| {
+            // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
+            let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
+            daemon.methods.trainer(&plugin, &config, tried)?.plan(&concept)?;
+            let id = daemon.new_id();
+            let folder = daemon.catalogue.folder().join("jobs").join(&id);
+            let pictures = store_pictures(daemon, &folder, &data, &captions);
+            let work = pictures.and_then(|pictures| {
+                let (partition, lease) = take_rows(daemon, rows, &model, &name, uid)?;
+                Ok(Train {
+                    model,
+                    trainer: plugin,
+                    config,
+                    partition,
+                    lease,
+                    name,
+                    class_word,
+                    kind,
+                    pictures,
+                    seed,
+                    storage,
+                    licence,
+                    created,
+                    folder: folder.clone(),
+                })
+            });
+            let lease = work.as_ref().ok().and_then(|work| work.lease.clone());
+            let job = work.and_then(|work| daemon.submit_as(id, &ticket, Work::Train(Box::new(work))));
+            if job.is_err() {
+                // What could not be queued leaves nothing behind; the first error is the one to report.
+                let _ = std::fs::remove_dir_all(&folder);
+                if let Some(lease) = lease {
+                    let _ = daemon.catalogue.release(&lease);
+                }
+            }
+            job
+        })
+        .await?;
+    Ok(job)
+}
+
+/// `in_slots` is whether the trainer can be told which rows to own.
+fn rows_of(plugin: &str, in_slots: bool, options: &mut Options) -> Result<Rows> {
+    let partition = options.options("partition")?.map(partition_of).transpose()?;
+    let slot = options.u32("slot")?;
+    let all_rows = options.boolean("all_rows")?;
+    let lease = options.string("lease")?;
+    if let Some(lease) = lease {
+        if partition.is_some() || slot.is_some() || all_rows.is_some() {
+            return Err(Error::option("option \"lease\": give it alone, without partition, slot and all_rows"));
+        }
+        return Ok(Rows::Lease(lease));
+    }
+    if all_rows.unwrap_or(!in_slots) {
+        if partition.is_some() || slot.is_some() {
+            return Err(Error::option(format!("{plugin} is to own all rows: leave partition and slot out")));
+        }
+        return Ok(Rows::All);
+    }
+    let partition = partition.unwrap_or(PARTITION);
+    check_slot(&partition, slot)?;
+    Ok(Rows::Slot(partition, slot))
+}
+
+/// Leases the rows for a training; none: all rows.
+fn take_rows(
+    daemon: &Daemon,
+    rows: Rows,
+    model: &str,
+    name: &str,
+    uid: u32,
+) -> Result<(Option<Partition>, Option<String>)> {
+    match rows {
+        Rows::All => Ok((None, None)),
+        Rows::Lease(id) => {
+            let lease = daemon.catalogue.find_lease(&id)?;
+            if lease.uid != uid && uid != 0 && uid != daemon.uid {
+                return Err(Error::new(Kind::NotAuthorized, format!("the lease {id} belongs to user {}", lease.uid)));
+            }
+            let base = base_digest(daemon, model)?;
+            if lease.base_digest != base {
+                return Err(Error::option(format!("the lease {id} is for another model than {model:?}")));
+            }
+            Ok((Some(lease.partition), Some(id)))
+        }
+        Rows::Slot(partition, slot) => {
+            let base = base_digest(daemon, model)?;
+            let lease = daemon.catalogue.lease(&base, &partition, slot, name, uid, 0)?;
+            Ok((Some(Partition { seed: partition.seed, ..lease.partition }), Some(lease.id)))
+        }
+    }
+}
+
+/// Writes the pictures that a client sent into the job's folder.
+fn store_pictures(
+    daemon: &Daemon,
+    folder: &Path,
+    data: &[OwnedFd],
+    captions: &[String],
+) -> Result<Vec<(String, Option<String>)>> {
+    let io = |e: std::io::Error| Error::io(folder.display(), &e);
+    std::fs::create_dir_all(folder).map_err(io)?;
+    let mut left = daemon.config().limits.training_data_bytes_max;
+    let mut pictures = Vec::new();
+    for (index, (fd, caption)) in data.iter().zip(captions).enumerate() {
+        let what = format!("data[{index}]");
+        let bytes = read_client_file(fd, left, &what)?;
+        left -= bytes.len() as u64;
+        let name = format!("{index:05}");
+        let path = folder.join(&name);
+        let mut file = File::create(&path).map_err(io)?;
+        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io)?;
+        // A picture that cannot be read is said now.
+        let checked = blocklora_engine::image::Picture::load(&path);
+        checked.map_err(|e| Error::option(e.to_string().replace(&path.display().to_string(), &what)))?;
+        pictures.push((name, Some(caption.clone()).filter(|c| !c.is_empty())));
+    }
+    File::open(folder).and_then(|f| f.sync_all()).map_err(io)?;
+    Ok(pictures)
+}
+
+impl Daemon {
+    /// Queues a training that an earlier daemon left unfinished.
+    pub fn resume_training(self: &Arc<Self>, id: String, uid: u32, priority: &str, work: Train) -> Result<Arc<Job>> {
+        let ticket = Ticket {
+            owner: Owner { client: String::new(), uid },
+            priority: Priority::from_name(priority)?,
+            lifetime: Lifetime::Daemon,
+            token: None,
+            timeout: None,
+        };
+        self.submit_as(id, &ticket, Work::Train(Box::new(work)))
+    }
+}

@@ -1,0 +1,70 @@
+//! What plugins hand over beside a job's result comes to the client, whatever kind of plugin, wherever its code runs.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::hostile::Hostile;
+use common::{Client, Dict, ROOT, dict, stub};
+use zbus::OwnedObjectPath;
+
+fn text(info: &Dict, key: &str) -> String {
+    info.get(key).map(|value| String::try_from(value.try_clone().unwrap()).unwrap()).unwrap_or_default()
+}
+
+/// The files of a finished job: media types of its own, and what was handed over by name.
+async fn files(client: &Client, job: &str) -> (Vec<String>, BTreeMap<String, Vec<u8>>) {
+    client.wait(job).await.unwrap();
+    let (mut own, mut artefacts) = (Vec::new(), BTreeMap::new());
+    for (bytes, info) in client.results(job).await.unwrap() {
+        match text(&info, "format").as_str() {
+            "artefact" => {
+                assert_eq!(text(&info, "media_type"), "application/octet-stream");
+                assert_eq!(info["size"], zbus::OwnedVariant::from(bytes.len() as u64));
+                assert!(artefacts.insert(text(&info, "name"), bytes).is_none());
+            }
+            _ => own.push(text(&info, "media_type")),
+        }
+    }
+    (own, artefacts)
+}
+
+fn handed_over(place: &str) -> BTreeMap<String, Vec<u8>> {
+    let named = [(format!("{place}.txt"), place.as_bytes().to_vec()), ("bytes.bin".to_owned(), vec![0, 255, 10])];
+    named.into_iter().collect()
+}
+
+#[tokio::test]
+async fn artefacts_come_behind_the_results_of_each_kind() {
+    for isolation in ["in-process", "worker"] {
+        let hostile = Hostile::install();
+        let daemon = hostile.daemon(isolation);
+        let client = daemon.client().await;
+        let milo = stub::adapter(&client, "milo").await;
+        hostile.set_mode("artefacts");
+
+        let job = stub::train_by(&client, "hostile", "zuko", 2).await;
+        let adapter = vec!["application/vnd.safetensors".to_owned()];
+        assert_eq!(files(&client, &job).await, (adapter, handed_over("train")), "{isolation}");
+
+        let mut params = stub::picture("a dog", 1, 2);
+        params.extend(dict([("sampler", "hostile".into())]));
+        let job = client.generate("/", params, dict([("formats", vec!["png".to_owned()].into())])).await.unwrap();
+        assert_eq!(files(&client, &job).await, (vec!["image/png".to_owned()], handed_over("sample")), "{isolation}");
+
+        let parts = ("hostile", common::entries_of(&[(&milo, 1.0)]), Dict::new());
+        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        assert_eq!(files(&client, job.as_str()).await, (vec![], handed_over("plan")), "{isolation}");
+
+        // Another job has none of them, and a name that leads elsewhere is an error of the plugin.
+        hostile.set_mode("");
+        let job = client.generate("/", stub::picture("a dog", 1, 2), Dict::new()).await.unwrap();
+        assert!(files(&client, &job).await.1.is_empty());
+        hostile.set_mode("artefact-outside");
+        let job = stub::train_by(&client, "hostile", "rex", 2).await;
+        let error = client.wait(&job).await.unwrap_err();
+        assert!(error.contains("\"../outside\"") && error.contains("its name must be"), "{error}");
+    }
+}
