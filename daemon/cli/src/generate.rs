@@ -149,8 +149,8 @@ async fn draw(
     let generated = watch::follow(&job, look).await?;
     let mut pictures = job.take_results(false).await?;
     pictures.sort_by_key(|picture| picture.index);
-    let given = pictures.iter().filter(|file| !file.is_artefact());
-    let (number, last) = (given.clone().count(), given.last());
+    let mut given = pictures.iter().filter(|file| !file.is_artefact());
+    let (number, last) = (given.clone().count(), given.next_back());
     anyhow::ensure!(number == usize::from(args.count), "the daemon gave {number} pictures");
     if let (Some(screen), Some(last)) = (&mut screen, last) {
         screen.show(&last.bytes);
