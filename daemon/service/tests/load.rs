@@ -142,7 +142,8 @@ async fn memory_stays_flat() {
         let end = match number % 4 {
             // Nobody takes its results.
             0 | 1 => {
-                let job = client.generate(&set, stub::picture("a <milo>", number as u64, 1), Dict::new()).await.unwrap();
+                let job =
+                    client.generate(&set, stub::picture("a <milo>", number as u64, 1), Dict::new()).await.unwrap();
                 client.wait(&job).await.map_or("failed", |_| "done")
             }
             // Without the set the concept is unknown: failed jobs must not leak either.

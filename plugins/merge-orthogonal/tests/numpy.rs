@@ -50,7 +50,8 @@ fn lambda_1_adds_an_adapter_as_trained_and_takes_it_away_again() {
 fn two_adapters_with_the_same_a_are_refused() {
     let problem = Problem::random(3, 3, true);
     let mut adapters = problem.adapters();
-    let plan = |adapters: &[_]| MergeStrategy::plan(&Orthogonal::default(), &TestJob::default(), &problem.layers, adapters);
+    let plan =
+        |adapters: &[_]| MergeStrategy::plan(&Orthogonal::default(), &TestJob::default(), &problem.layers, adapters);
     plan(&adapters).unwrap();
     let (layer, owner) = (0..problem.layers.len())
         .find_map(|layer| Some((layer, adapters[0].factors[layer].filter(|_| adapters[2].factors[layer].is_some())?)))

@@ -233,4 +233,3 @@ async fn reclaim(call: &Call, method: &Method) -> Answer {
     let freed = freed.await.map_err(|_| Error::new(Kind::ShuttingDown, "the daemon is stopping"))?;
     call.reply(method, &freed)
 }
-

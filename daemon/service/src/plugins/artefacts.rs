@@ -74,7 +74,8 @@ impl Artefacts {
         let others = kept.iter().filter(|(other, _)| *other != name);
         let (count, total) = others.fold((1, bytes.len()), |(count, total), (_, b)| (count + 1, total + b.len()));
         if count > COUNT_MAX || total > BYTES_MAX {
-            let message = format!("artefact {name}: a job keeps at most {COUNT_MAX} artefacts of {BYTES_MAX} bytes in all");
+            let message =
+                format!("artefact {name}: a job keeps at most {COUNT_MAX} artefacts of {BYTES_MAX} bytes in all");
             return Err(Error::new(Code::Host, message));
         }
         if let Some(folder) = &self.folder {

@@ -12,9 +12,9 @@ use zbus::Variant;
 use super::{Outcome, Restore, Worker, result_file, usec_of, usec_since};
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
+use crate::jobs::Job;
 use crate::jobs::previews::Frame;
 use crate::jobs::work::Generate;
-use crate::jobs::Job;
 
 impl Worker {
     /// Draws the pictures of a job. Each is made as if it were alone: what runs in between is put back, bit for bit.
