@@ -158,6 +158,9 @@ fn main() -> Result<()> {
     if sizes == "sd15" {
         for dtype in [DType::F32, DType::F16] {
             bench.linear(2, 4096, 320, 320, dtype)?;
+            bench.linear(1, 77, 768, 768, dtype)?;
+            bench.linear(1, 77, 768, 3072, dtype)?;
+            bench.linear(1, 77, 3072, 768, dtype)?;
             bench.linear(2, 1024, 640, 5120, dtype)?;
             bench.linear(2, 64, 1280, 1280, dtype)?;
             bench.linear(2, 77, 768, 320, dtype)?;

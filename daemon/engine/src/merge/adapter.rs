@@ -1,11 +1,11 @@
 //! An adapter's factors in memory, decoded and checked, ready to be merged.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::kernel::prefetch_line;
 use super::strategy::{AdapterView, Factors, LayerInfo};
 use crate::error::{Error, Result};
 use crate::weights::hex;
@@ -153,6 +153,8 @@ pub(super) struct Placed {
     pub weight: f32,
     /// By the model's layer index the index of its own layer.
     layers: Arc<[Option<u32>]>,
+    /// By the model's layer index from its first row there to behind its last one.
+    spans: Arc<[Range<u32>]>,
 }
 
 impl Placed {
@@ -165,7 +167,7 @@ impl Placed {
     ) -> Result<Self> {
         let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
         check_weight(&factors, weight)?;
-        let mut own = vec![None; layers.len()];
+        let (mut own, mut spans) = (vec![None; layers.len()], vec![0..0; layers.len()]);
         for (at, layer) in factors.layers().enumerate() {
             let &index = index_of.get(&layer.name).ok_or_else(|| {
                 incompatible(format!(
@@ -182,8 +184,11 @@ impl Placed {
                 )));
             }
             own[index] = Some(at as u32);
+            if let (Some(first), Some(last)) = (layer.rows.first(), layer.rows.last()) {
+                spans[index] = *first..last + 1;
+            }
         }
-        Ok(Self { factors, weight, layers: own.into() })
+        Ok(Self { factors, weight, layers: own.into(), spans: spans.into() })
     }
 
     /// The same adapter on the same model with another weight.
@@ -192,13 +197,9 @@ impl Placed {
         Ok(Self { weight, ..self.clone() })
     }
 
-    /// Brings the ends of its row lists near, all at once: planning looks at them one after the other, and each would
-    /// be a wait for cold memory.
-    pub fn prefetch(&self) {
-        for layer in self.factors.layers() {
-            prefetch_line(&layer.rows);
-            prefetch_line(&layer.rows[layer.rows.len().saturating_sub(1)..]);
-        }
+    /// From its first row on the model's layer `index` to behind its last one; empty if it has none.
+    pub fn span(&self, index: usize) -> Range<u32> {
+        self.spans.get(index).cloned().unwrap_or_default()
     }
 
     /// Its factors on the model's layer `index`.

@@ -57,6 +57,20 @@ impl Marked {
         self.first = self.first.min(row);
         self.last = self.last.max(row);
     }
+    /// Marks ascending rows.
+    fn mark_all(&mut self, rows: &[u32]) {
+        let (Some(&first), Some(&last)) = (rows.first(), rows.last()) else { return };
+        let span = first as usize..=last as usize;
+        if span.clone().count() == rows.len() {
+            let flags = &mut self.flags[span];
+            self.count += flags.iter().filter(|flag| !**flag).count();
+            flags.fill(true);
+            self.first = self.first.min(first as usize);
+            self.last = self.last.max(last as usize);
+        } else {
+            rows.iter().for_each(|&row| self.mark(row));
+        }
+    }
     /// The lowest row.
     pub fn first(&self) -> usize {
         self.first
@@ -257,7 +271,7 @@ impl Composition {
             match (now, before.unwrap_or(&Coefficients::Uniform(0.0))) {
                 (Coefficients::Uniform(now), Coefficients::Uniform(before)) => {
                     if (now + 0.0).to_bits() != (before + 0.0).to_bits() {
-                        rows.iter().for_each(|&row| changed.mark(row));
+                        changed.mark_all(rows);
                     }
                 }
                 (now, before) => {
@@ -286,15 +300,13 @@ impl Composition {
         let mut owned = vec![0; (marked.last + 1).saturating_sub(marked.first)];
         let mut found = Vec::with_capacity(marked.count);
         for Term { adapter, coefficients } in self.terms(layer) {
-            let rows = self.adapters[*adapter].layer(layer).map_or(&[][..], |found| &found.rows);
-            // Most adapters own other rows; their first and last ones tell, without a search through cold memory.
-            let outside = |rows: &[u32]| {
-                rows.first().is_none_or(|&first| first as usize > marked.last)
-                    || rows.last().is_none_or(|&last| (last as usize) < marked.first)
-            };
-            if outside(rows) {
+            let placed = &self.adapters[*adapter];
+            // Most adapters own other rows; where theirs lie tells, without a search through cold memory.
+            let span = placed.span(layer);
+            if span.start as usize > marked.last || span.end as usize <= marked.first {
                 continue;
             }
+            let rows = placed.layer(layer).map_or(&[][..], |found| &found.rows);
             let start = rows.partition_point(|&row| (row as usize) < marked.first);
             for (local, &row) in rows.iter().enumerate().skip(start) {
                 if row as usize > marked.last {

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::adapter::AdapterLayer;
-use super::composition::RowTerms;
+use super::composition::{RowTerm, RowTerms};
 #[cfg(target_arch = "x86_64")]
 use super::kernel_x86::{self, Lanes};
 
@@ -230,6 +230,8 @@ impl Rewrite<'_> {
                 self.merge_run::<S, T>(live, run, &a, &mut w);
             }
         }
+        #[cfg(target_arch = "x86_64")]
+        kernel_x86::finish_streaming();
     }
 
     /// Gives the `run`-th of the rows the file's bits; S and T are one type.
@@ -286,18 +288,18 @@ impl Rewrite<'_> {
         let row_at = |index: usize| self.terms.rows[index.min(self.terms.rows.len() - 1)] as usize;
         let pristine = |index| &self.pristine[row_at(index) * n * S::BYTES..][..n * S::BYTES];
         let rows: [usize; R] = std::array::from_fn(|r| row_at(first + r));
-        w.clear();
         w.resize(a.len() * R, 0.0);
-        for r in 0..R {
-            let mut left = &mut w[..];
-            for term in self.terms.of(first + r) {
-                if let Some((factors, scale)) = self.factors[term.adapter as usize] {
-                    let scaled = term.coefficient * scale;
-                    let b = &factors.b[term.local as usize * factors.rank..][..factors.rank];
-                    let (these, rest) = left.split_at_mut(b.len() * R);
-                    these.chunks_exact_mut(R).zip(b).for_each(|(w, &b)| w[r] = scaled * b);
-                    left = rest;
-                }
+        let terms: [&[RowTerm]; R] = std::array::from_fn(|r| self.terms.of(first + r));
+        let mut left = &mut w[..a.len() * R];
+        for (index, term) in terms[0].iter().enumerate() {
+            let Some((factors, scale)) = self.factors[term.adapter as usize] else { continue };
+            let (these, rest) = left.split_at_mut(factors.rank * R);
+            left = rest;
+            for (r, terms) in terms.iter().enumerate() {
+                let term = &terms[index];
+                let scaled = term.coefficient * scale;
+                let b = &factors.b[term.local as usize * factors.rank..][..factors.rank];
+                these.chunks_exact_mut(R).zip(b).for_each(|(w, &b)| w[r] = scaled * b);
             }
         }
         let tile = Tile {
@@ -307,7 +309,7 @@ impl Rewrite<'_> {
             live: rows.map(|row| unsafe { std::slice::from_raw_parts_mut(live.0.add(row * n), n) }),
             next: std::array::from_fn(|r| pristine(first + R + r)),
             a,
-            w,
+            w: &w[..a.len() * R],
         };
         let magnitude = merge_tile::<S, T, R>(self.isa, tile);
         if magnitude >= T::OVERFLOW && !a.is_empty() {
@@ -331,16 +333,6 @@ pub(super) fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
-/// Asks for the cache line at the start of `values` to be brought near.
-pub(super) fn prefetch_line<T>(values: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    if !values.is_empty() {
-        kernel_x86::prefetch_line(values.as_ptr().cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
-}
-
 /// Writes a tile; returns the largest magnitude in it before rounding, as bits.
 fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>) -> u32 {
     match isa {
@@ -358,7 +350,7 @@ fn merge_tile<S: Lanes, T: Lanes, const R: usize>(isa: Isa, tile: Tile<'_, T, R>
 }
 
 /// The kernel in plain Rust, by blocks of columns that stay in registers or the first-level cache.
-fn merge_tile_portable<S: Element, T: Element, const R: usize>(mut tile: Tile<'_, T, R>) -> u32 {
+pub(super) fn merge_tile_portable<S: Element, T: Element, const R: usize>(mut tile: Tile<'_, T, R>) -> u32 {
     const BLOCK: usize = 64;
     let mut magnitude = 0;
     let n = tile.live[0].len();
@@ -395,4 +387,60 @@ pub(super) fn merge_columns<S: Element, T: Element, const R: usize>(
         }
     }
     magnitude
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged<T: Lanes, const R: usize>(isa: Isa, values: &[f32], w: f32) -> (u32, Vec<T>) {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let a: Vec<f32> = values.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect();
+        let mut live = vec![T::round(0.0); R * values.len()];
+        let mut rows = live.chunks_exact_mut(values.len());
+        let tile = Tile::<T, R> {
+            pristine: [&bytes[..]; R],
+            live: std::array::from_fn(|_| rows.next().unwrap_or_default()),
+            next: [&bytes[..]; R],
+            a: &[&a[..]],
+            w: &[w; R],
+        };
+        (merge_tile::<f32, T, R>(isa, tile), live)
+    }
+
+    /// Values at every edge of rounding, NaN and infinity among them.
+    #[test]
+    fn every_kernel_rounds_alike() {
+        let edges = [
+            0x7fff_ffff, 0xffff_ffff, 0x7f80_0001, 0x7f80_0000, 0xff80_0000, 0x7f7f_ffff, 0x7f7f_8000, 0x7f7f_7fff,
+            0x0000_0001, 0x8000_0000, 0x0000_8000, 0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x477f_f000, 0x477f_efff,
+        ];
+        let values = |count: usize, edges: &[u32]| -> Vec<f32> {
+            let others = (1..=count as u32).map(|i| 0x3f00_0000 + i * 0x9_3ab1);
+            edges.iter().copied().chain(others).take(count).map(f32::from_bits).collect()
+        };
+        for count in [16, 70, 128] {
+            for edges in [&edges[..], &edges[5..]] {
+                let values = values(count, edges);
+                for w in [0.0, 0.3] {
+                    for &isa in Isa::available() {
+                        same(isa, &values, w, |x: f32| x.to_bits());
+                        same(isa, &values, w, |x: f16| u32::from(x.to_bits()));
+                        same(isa, &values, w, |x: bf16| u32::from(x.to_bits()));
+                    }
+                }
+            }
+        }
+    }
+
+    fn same<T: Lanes>(isa: Isa, values: &[f32], w: f32, bits: fn(T) -> u32) {
+        let bits = |values: &[T]| values.iter().map(|&x| bits(x)).collect::<Vec<_>>();
+        let (magnitude, expected) = merged::<T, 1>(Isa::Portable, values, w);
+        for (other, live) in [merged::<T, 1>(isa, values, w), merged::<T, 4>(isa, values, w)] {
+            assert_eq!(other, magnitude, "{isa:?} {:?}", T::DTYPE);
+            for row in live.chunks_exact(values.len()) {
+                assert_eq!(bits(row), bits(&expected), "{isa:?} {:?}", T::DTYPE);
+            }
+        }
+    }
 }

@@ -6,19 +6,21 @@
 
 use std::arch::x86_64::*;
 
+use candle_core::DType;
 use half::{bf16, f16};
 
-use super::kernel::{Element, Tile, merge_columns};
+use super::kernel::{Element, Tile, merge_columns, merge_tile_portable};
 
 /// Loads and stores of one weight type, widened to and rounded from f32.
 ///
 /// # Safety
-/// The addresses must be valid for as many elements as the vector (or the mask) has, the processor must have the
-/// instruction set in the function's name, and streaming stores need an address aligned to the vector that they write.
+/// The addresses must be valid for as many elements as the vectors (or the mask) have, the processor must have their
+/// instruction set, and streaming stores need an address aligned to what they write and [`finish_streaming`] in the
+/// end. What AVX2 stores as bf16 is wrong for NaN and must be stored again.
 pub(super) trait Lanes: Element {
     unsafe fn load8(from: *const u8) -> __m256;
     unsafe fn store8(to: *mut Self, value: __m256);
-    unsafe fn stream8(to: *mut Self, value: __m256);
+    unsafe fn stream8x2(to: *mut Self, values: [__m256; 2]);
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512;
     unsafe fn store16(to: *mut Self, mask: __mmask16, value: __m512);
     unsafe fn stream16(to: *mut Self, value: __m512);
@@ -35,8 +37,11 @@ impl Lanes for f32 {
         unsafe { _mm256_storeu_ps(to, value) }
     }
     #[inline(always)]
-    unsafe fn stream8(to: *mut Self, value: __m256) {
-        unsafe { _mm256_stream_ps(to, value) }
+    unsafe fn stream8x2(to: *mut Self, [low, high]: [__m256; 2]) {
+        unsafe {
+            _mm256_stream_ps(to, low);
+            _mm256_stream_ps(to.add(8), high);
+        }
     }
     // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
@@ -64,8 +69,11 @@ impl Lanes for f16 {
         unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
     }
     #[inline(always)]
-    unsafe fn stream8(to: *mut Self, value: __m256) {
-        unsafe { _mm_stream_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
+    unsafe fn stream8x2(to: *mut Self, values: [__m256; 2]) {
+        unsafe {
+            let [low, high] = values.map(|value| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value));
+            _mm256_stream_si256(to.cast(), _mm256_set_m128i(high, low));
+        }
     }
     // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
@@ -99,20 +107,15 @@ unsafe fn bf16_of_16(value: __m512) -> __m256i {
     }
 }
 
-/// As [`bf16_of_16`], for 8 values.
+/// The bf16 bits of 8 values, each in the low half of its lane, rounded to nearest even; NaN comes out wrong.
 // SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
-unsafe fn bf16_of_8(value: __m256) -> __m128i {
+unsafe fn bf16_bits_of_8(value: __m256) -> __m256i {
     unsafe {
         let bits = _mm256_castps_si256(value);
-        let high = _mm256_srli_epi32::<16>(bits);
-        let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
         let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
-        let result = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(rounded), quiet, nan);
-        let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(result, result));
-        _mm256_castsi256_si128(packed)
+        _mm256_srli_epi32::<16>(rounded)
     }
 }
 
@@ -127,12 +130,19 @@ impl Lanes for bf16 {
     }
     #[inline(always)]
     unsafe fn store8(to: *mut Self, value: __m256) {
-        unsafe { _mm_storeu_si128(to.cast(), bf16_of_8(value)) }
+        unsafe {
+            let bits = bf16_bits_of_8(value);
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(bits, bits));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
     }
     // SAFETY: the caller keeps what `Lanes` asks for.
     #[inline(always)]
-    unsafe fn stream8(to: *mut Self, value: __m256) {
-        unsafe { _mm_stream_si128(to.cast(), bf16_of_8(value)) }
+    unsafe fn stream8x2(to: *mut Self, [low, high]: [__m256; 2]) {
+        unsafe {
+            let packed = _mm256_packus_epi32(bf16_bits_of_8(low), bf16_bits_of_8(high));
+            _mm256_stream_si256(to.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
+        }
     }
     #[inline(always)]
     unsafe fn load16(from: *const u8, mask: __mmask16) -> __m512 {
@@ -170,10 +180,10 @@ pub(super) fn prefetch(bytes: &[u8]) {
     }
 }
 
-/// Asks for the line at `address`.
-pub(super) fn prefetch_line(address: *const i8) {
-    // SAFETY: as above.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+/// Makes what was streamed visible to other threads, before they are told of it.
+pub(super) fn finish_streaming() {
+    // SAFETY: every x86-64 processor has it.
+    unsafe { _mm_sfence() };
 }
 
 /// A tile in AVX2.
@@ -202,7 +212,6 @@ pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut til
             unsafe { columns8x2::<S, T, R, true>(&mut tile, j, &mut magnitude) };
             j += WIDTH;
         }
-        _mm_sfence();
     } else {
         while j + WIDTH <= n {
             // SAFETY: the caller keeps what this function asks for.
@@ -216,7 +225,13 @@ pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut til
     let mut lanes = [0u32; 8];
     // SAFETY: eight lanes.
     unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), magnitude) };
-    lanes.into_iter().fold(0, u32::max)
+    let magnitude = lanes.into_iter().fold(0, u32::max);
+    if T::DTYPE == DType::BF16 && magnitude > f32::INFINITY.to_bits() {
+        // There is a NaN among the sums.
+        finish_streaming();
+        merge_tile_portable::<S, T, R>(tile);
+    }
+    magnitude
 }
 
 /// The sums of 16 columns from column `j` on.
@@ -262,9 +277,12 @@ unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
     unsafe {
         let sums = sums16::<S, T, R>(tile, j, magnitude);
         for r in 0..R {
-            for u in 0..2 {
-                let to = tile.live[r].as_mut_ptr().add(j + 8 * u);
-                if STREAM { T::stream8(to, sums[r][u]) } else { T::store8(to, sums[r][u]) }
+            let to = tile.live[r].as_mut_ptr().add(j);
+            if STREAM {
+                T::stream8x2(to, sums[r]);
+            } else {
+                T::store8(to, sums[r][0]);
+                T::store8(to.add(8), sums[r][1]);
             }
         }
     }
@@ -312,7 +330,6 @@ pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut t
             unsafe { columns16::<S, T, R, 2, true>(&mut tile, j, 0xffff, &mut magnitude) };
             j += 32;
         }
-        _mm_sfence();
     } else {
         while j + 32 <= n {
             // SAFETY: the caller keeps what this function asks for.

@@ -173,7 +173,6 @@ impl Merger {
             })
             .collect::<Result<Vec<_>>>()?;
         placed.retain(|adapter| adapter.weight != 0.0);
-        placed.iter().for_each(Placed::prefetch);
         placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
         if let Some(pair) = placed.windows(2).find(|pair| pair[0].factors.digest() == pair[1].factors.digest()) {
             return Err(Error::Incompatible {

@@ -16,6 +16,8 @@ mod kernel_copy;
 #[cfg(target_arch = "x86_64")]
 mod kernel_x86;
 mod merger;
+#[cfg(test)]
+mod refusal_tests;
 pub mod strategy;
 #[cfg(test)]
 mod tests;

@@ -50,6 +50,7 @@ impl Model {
         if !matches!(precision, DType::F32 | DType::F16 | DType::BF16) {
             return Err(Error::option("precision", format!("{precision:?}"), "must be f32, f16 or bf16"));
         }
+        crate::ops::keep_freed_pages();
         let index = ModelIndex::open(dir)?;
         if let Some(class) = index.components.get("tokenizer").filter(|class| !class.starts_with("CLIPTokenizer")) {
             return Err(Error::Unsupported {

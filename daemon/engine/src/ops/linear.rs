@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tenso
 use super::cpu::{
     Matrix, MatrixMut, Shared, Threads, Values, Weight, applies, filled, matmul, parallel, small_weight, values,
 };
+use super::dense::Dense;
 use super::frozen::Frozen;
 use super::reference;
 
@@ -54,9 +55,13 @@ impl FrozenLinear {
     pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let (m, n) = (self.outputs, self.inputs);
         let tokens = x.len().checked_div(n).unwrap_or(0);
-        let x = Matrix::new(x, tokens, n);
         self.weight.with(|weight| {
+            let dense = Dense { weight, rows: m, columns: n, transposed: true };
             Ok(filled(tokens * m, |y| {
+                if dense.pays(tokens) {
+                    return dense.multiply(x, self.bias.as_deref(), y);
+                }
+                let x = Matrix::new(x, tokens, n);
                 if let Some(bias) = &self.bias {
                     y.chunks_exact_mut(m.max(1)).for_each(|row| row.copy_from_slice(bias));
                 }
@@ -90,7 +95,11 @@ impl FrozenLinear {
         let (m, n) = (self.outputs, self.inputs);
         let tokens = grad.len().checked_div(m).unwrap_or(0);
         self.weight.with(|weight| {
+            let dense = Dense { weight, rows: m, columns: n, transposed: false };
             Ok(filled(tokens * n, |dx| {
+                if dense.pays(tokens) {
+                    return dense.multiply(grad, None, dx);
+                }
                 if let Weight::F32(weight) = weight {
                     let (grad, weight) = (Matrix::new(grad, tokens, m), Matrix::new(weight, m, n));
                     return matmul(MatrixMut::new(dx, tokens, n), false, grad, weight, 1.0, Threads::All);
