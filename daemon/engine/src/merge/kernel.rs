@@ -412,8 +412,22 @@ mod tests {
     #[test]
     fn every_kernel_rounds_alike() {
         let edges = [
-            0x7fff_ffff, 0xffff_ffff, 0x7f80_0001, 0x7f80_0000, 0xff80_0000, 0x7f7f_ffff, 0x7f7f_8000, 0x7f7f_7fff,
-            0x0000_0001, 0x8000_0000, 0x0000_8000, 0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x477f_f000, 0x477f_efff,
+            0x7fff_ffff,
+            0xffff_ffff,
+            0x7f80_0001,
+            0x7f80_0000,
+            0xff80_0000,
+            0x7f7f_ffff,
+            0x7f7f_8000,
+            0x7f7f_7fff,
+            0x0000_0001,
+            0x8000_0000,
+            0x0000_8000,
+            0x3f80_8000,
+            0x3f81_8000,
+            0x3f80_8001,
+            0x477f_f000,
+            0x477f_efff,
         ];
         let values = |count: usize, edges: &[u32]| -> Vec<f32> {
             let others = (1..=count as u32).map(|i| 0x3f00_0000 + i * 0x9_3ab1);
