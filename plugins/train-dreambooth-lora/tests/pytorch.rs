@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use blocklora_sdk::testing::{Quadratic, TrainGolden, check_trainer};
-use blocklora_sdk::train::{ConceptSettings, LearningRates, Parameters, Trainer};
+use blocklora_sdk::train::{ConceptSettings, LearningRates, Parameters, PriorPreservation, Trainer};
 use blocklora_sdk::{Config, Value, resolve, schema};
-use train_dreambooth_lora::{DreamboothLora, PriorPreservation};
+use train_dreambooth_lora::DreamboothLora;
 
 fn trainer(steps: usize, prior: Option<f32>) -> DreamboothLora {
     let default = DreamboothLora::default();
@@ -15,10 +15,10 @@ fn trainer(steps: usize, prior: Option<f32>) -> DreamboothLora {
         batch_size: 2,
         rank: 2,
         learning_rate: LearningRates { tokens: 0.0, text_encoder: 0.01, unet: 0.02 },
+        prior: PriorPreservation { enabled: prior.is_some(), weight: prior.unwrap_or(1.0), ..default.settings.prior },
         ..default.settings
     };
-    let prior = PriorPreservation { enabled: prior.is_some(), weight: prior.unwrap_or(1.0), ..default.prior };
-    DreamboothLora { settings, prior, ..default }
+    DreamboothLora { settings, ..default }
 }
 
 #[test]
@@ -96,12 +96,13 @@ fn an_empty_instance_prompt_means_captions_and_templates() {
 
 #[test]
 fn the_defaults_are_the_published_ones() {
-    let DreamboothLora { settings, prior, rare_token, instance_prompt } = DreamboothLora::default();
+    let DreamboothLora { settings, rare_token, instance_prompt } = DreamboothLora::default();
+    let prior = &settings.prior;
     assert_eq!((settings.rank, settings.alpha, settings.learning_rate.unet), (4, 1.0, 5e-4));
     assert_eq!((prior.pictures, prior.weight, prior.enabled), (100, 1.0, false));
     assert_eq!((rare_token.as_str(), instance_prompt.as_str()), ("sks", "a {}"));
     assert!(DreamboothLora::default().check().is_ok());
-    let prior = resolve::<DreamboothLora>(&r#"{"prior": {"enabled": true}}"#.parse().unwrap()).unwrap().prior;
+    let prior = resolve::<DreamboothLora>(&r#"{"prior": {"enabled": true}}"#.parse().unwrap()).unwrap().settings.prior;
     assert_eq!(prior, PriorPreservation { enabled: true, ..PriorPreservation::default() });
 }
 
@@ -109,7 +110,11 @@ fn the_defaults_are_the_published_ones() {
 fn bad_settings_name_the_key() {
     let error = |json: &str| resolve::<DreamboothLora>(&json.parse::<Value>().unwrap()).unwrap_err().message;
     assert!(error(r#"{"instance_prompt": "a sks dog"}"#).contains(r#"instance_prompt = "a sks dog": must contain {}"#));
-    assert!(error(r#"{"prior": {"prompt": "a dog"}}"#).contains("prior.prompt"));
+    assert!(error(r#"{"prior": {"prompts": []}}"#).contains("prior.prompts"));
+    assert!(error(r#"{"prior": {"prompts": ["a {}", " "]}}"#).contains("prior.prompts"));
+    assert!(
+        error(r#"{"prior": {"prompts": ["a {}", "a dog"], "pictures": 1}}"#).contains("prior.pictures = 1: must be 2")
+    );
     assert!(error(r#"{"prior": {"pictures": 0}}"#).contains("prior.pictures = 0"));
     assert!(error(r#"{"prior": {"weight": -1}}"#).contains("prior.weight = -1: must be 0 to 100"));
     assert!(error(r#"{"rare_token": "two words"}"#).contains("rare_token"));

@@ -3,16 +3,14 @@
 //! ED-LoRA (Gu et al., "Mix-of-Show", NeurIPS 2023) names a concept by two tokens with one vector per cross-attention
 //! layer and adapts the attention projections of the UNet and of the text encoder. The other methods differ in a few
 //! places, which a [`Recipe`] names: which rows of B exist (BlockLoRA, equation 4), which outputs are erased (equation
-//! 3), what A starts as and whether it trains (Orthogonal Adaptation), whether pictures of the class are learned beside
-//! the concept (DreamBooth).
+//! 3), what A starts as and whether it trains (Orthogonal Adaptation), what the words start as (DreamBooth). Any of them
+//! may learn pictures of the prior beside the concept's.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::adamw::AdamW;
-use super::host::{
-    ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost, TrainState,
-};
+use super::host::{ErasureMasks, LayerFactors, Parameters, Placement, Sample, TokenFactors, TrainHost, TrainState};
+use super::prior::Prior;
 use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
 use super::templates;
 use crate::Partition;
@@ -43,17 +41,6 @@ pub enum Words<'a> {
     Rare(&'a str),
 }
 
-/// Prior preservation (Ruiz et al., "DreamBooth", CVPR 2023, section 4.2): pictures of the class, drawn by the model
-/// before training, are learned along, so that the class stays what it was.
-#[derive(Clone, Debug)]
-pub struct Prior {
-    /// What to draw, and with which prompt to learn it.
-    pub pictures: PictureRequest,
-    /// lambda: the loss is that of the concept's pictures plus lambda times that of the class's, each a mean over as
-    /// many samples.
-    pub weight: f32,
-}
-
 /// In what a method differs from ED-LoRA.
 pub struct Recipe<'a> {
     /// The shared settings.
@@ -70,8 +57,6 @@ pub struct Recipe<'a> {
     pub words: Words<'a>,
     /// The prompt of every picture of the concept, with `{}` for the concept; none: captions and templates.
     pub prompt: Option<&'a str>,
-    /// Prior preservation.
-    pub prior: Option<Prior>,
 }
 
 impl<'a> Recipe<'a> {
@@ -85,7 +70,6 @@ impl<'a> Recipe<'a> {
             start_a: StartA::Uniform,
             words: Words::Noise,
             prompt: None,
-            prior: None,
         }
     }
 }
@@ -94,11 +78,9 @@ impl<'a> Recipe<'a> {
 pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Parameters> {
     let settings = recipe.settings;
     settings.check()?;
-    check_prompts(host, recipe)?;
-    let class_pictures = match &recipe.prior {
-        Some(prior) => Some(host.generate(&prior.pictures)?),
-        None => None,
-    };
+    let prior = settings.prior.of_class(&host.concept().class_word);
+    check_prompts(host, recipe, prior.as_ref())?;
+    let prior_pictures = draw_prior_pictures(host, prior.as_ref())?;
     let adamw = AdamW { weight_decay: settings.weight_decay, ..AdamW::default() };
     let mut state = match host.resume()? {
         Some(state) => state,
@@ -110,7 +92,7 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
 
     while state.step < settings.steps {
         let step = state.step;
-        let batch = draw_batch(host, recipe, class_pictures.clone(), step);
+        let batch = draw_batch(host, recipe, &prior_pictures, step);
         let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
         let loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
         if !loss.is_finite() {
@@ -137,7 +119,7 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
 }
 
 /// Every prompt that training may draw must fit the model.
-fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
+fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: Option<&Prior>) -> Result<()> {
     let templates = match recipe.prompt {
         Some(_) => &[],
         None if recipe.settings.templates => templates::of_kind(host.concept().kind),
@@ -149,7 +131,32 @@ fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
             host.check_prompt(&template.replace("{}", caption), CONCEPT_TOKENS)?;
         }
     }
-    recipe.prior.as_ref().map_or(Ok(()), |prior| host.check_prompt(&prior.pictures.prompt, 0))
+    let mut drawn = prior.iter().flat_map(|prior| &prior.pictures);
+    drawn.try_for_each(|request| host.check_prompt(&request.prompt, 0))
+}
+
+/// A picture of the prior as the host knows it.
+struct PriorPicture {
+    index: usize,
+    prompt: String,
+    /// lambda.
+    weight: f32,
+}
+
+/// Has the host draw the pictures of the prior; none without one.
+fn draw_prior_pictures(host: &mut dyn TrainHost, prior: Option<&Prior>) -> Result<Vec<PriorPicture>> {
+    let mut pictures = Vec::new();
+    for prior in prior.iter() {
+        for request in &prior.pictures {
+            let (prompt, weight) = (&request.prompt, prior.weight);
+            pictures.extend(host.generate(request)?.map(|index| PriorPicture {
+                index,
+                prompt: prompt.clone(),
+                weight,
+            }));
+        }
+    }
+    Ok(pictures)
 }
 
 /// B = 0; A and the names as the recipe has them.
@@ -226,17 +233,12 @@ fn group_rates(layers: &[Layer], parameters: &Parameters, settings: &ConceptSett
     factors.chain(parameters.tokens.iter().map(|_| rate.tokens)).collect()
 }
 
-/// The concept's samples, and behind them as many of the class where there is prior preservation.
-fn draw_batch(
-    host: &dyn TrainHost,
-    recipe: &Recipe<'_>,
-    class_pictures: Option<Range<usize>>,
-    step: usize,
-) -> Vec<Sample> {
+/// The concept's samples, and behind them as many of the prior's pictures where there are some.
+fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture], step: usize) -> Vec<Sample> {
     let settings = recipe.settings;
     let captions = host.captions();
-    // loss = mean over the concept's + weight * mean over the class's, where the host divides by the number of both.
-    let weight = if class_pictures.is_some() { 2.0 } else { 1.0 };
+    // loss = mean over the concept's + weight * mean over the prior's, where the host divides by the number of both.
+    let weight = if prior.is_empty() { 1.0 } else { 2.0 };
     let concept = (0..settings.batch_size).map(|lane| {
         let mut data = host.rng(Stream::Data, step, lane);
         let picture = data.below(captions.len());
@@ -248,16 +250,14 @@ fn draw_batch(
         };
         draw_sample(host, settings, step, lane, (picture, placement, prompt, weight))
     });
-    let class = recipe.prior.iter().zip(class_pictures).flat_map(|(prior, pictures)| {
-        (settings.batch_size..2 * settings.batch_size).map(move |lane| {
-            let mut data = host.rng(Stream::Data, step, lane);
-            let picture = pictures.start + data.below(pictures.len());
-            let placement = Placement { scale: 1.0, offset: [0.5; 2], flip: false };
-            let prompt = prior.pictures.prompt.clone();
-            draw_sample(host, settings, step, lane, (picture, placement, prompt, 2.0 * prior.weight))
-        })
+    let beside = if prior.is_empty() { 0 } else { settings.batch_size };
+    let prior = (settings.batch_size..settings.batch_size + beside).map(|lane| {
+        let mut data = host.rng(Stream::Data, step, lane);
+        let PriorPicture { index, prompt, weight } = &prior[data.below(prior.len())];
+        let placement = Placement { scale: 1.0, offset: [0.5; 2], flip: false };
+        draw_sample(host, settings, step, lane, (*index, placement, prompt.clone(), 2.0 * weight))
     });
-    concept.chain(class).collect()
+    concept.chain(prior).collect()
 }
 
 /// A sample with its random numbers.

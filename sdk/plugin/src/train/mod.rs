@@ -5,16 +5,18 @@
 mod adamw;
 mod concept;
 mod host;
+mod prior;
 mod rates;
 mod settings;
 pub mod templates;
 
 pub use adamw::AdamW;
-pub use concept::{FrozenA, Prior, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
+pub use concept::{FrozenA, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
 pub use host::{
     Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
     TrainPlan, TrainState, check_parameters, check_step,
 };
+pub use prior::{Prior, PriorPreservation};
 pub use rates::RateSchedule;
 pub use settings::{
     Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, LearningRates, PartitionSchema, TokenStyle,

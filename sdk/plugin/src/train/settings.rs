@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::host::{Concept, TrainPlan};
+use super::prior::PriorPreservation;
 use super::rates::RateSchedule;
 use crate::error::{Error, Result};
 use crate::{Delta, Partition};
@@ -174,6 +175,8 @@ pub struct ConceptSettings {
     pub templates: bool,
     /// How pictures are laid on the canvas.
     pub augmentation: Augmentation,
+    /// Prior preservation.
+    pub prior: PriorPreservation,
     /// Steps between two checkpoints.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub checkpoint_every: usize,
@@ -197,6 +200,7 @@ impl Default for ConceptSettings {
             layers: LayerChoice::Attention,
             templates: true,
             augmentation: Augmentation::default(),
+            prior: PriorPreservation::default(),
             checkpoint_every: 50,
         }
     }
@@ -223,7 +227,8 @@ impl ConceptSettings {
         check_range("token_init_std", self.token_init_std, 0.0, 10.0)?;
         check_range("token_norm_limit", self.token_norm_limit, 0.0, 1e4)?;
         check_range("augmentation.fill", self.augmentation.fill, 0.0, 1.0)?;
-        check_range("augmentation.min_scale", self.augmentation.min_scale, 0.1, 1.0)
+        check_range("augmentation.min_scale", self.augmentation.min_scale, 0.1, 1.0)?;
+        self.prior.check()
     }
 
     /// The plan of a method with these settings that names a concept by two tokens, owns every row and erases nothing;
