@@ -32,6 +32,9 @@ pub const PATH: &str = "/org/blocklora/Daemon1";
 
 /// How long a daemon may take to answer that it is there.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one may take that has just been started: on a machine that is busy with other work, a while. One that ends
+/// instead is noticed at once.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pages of long lists are fetched by this many entries.
 const PAGE: u32 = 500;
 
@@ -74,7 +77,7 @@ impl Client {
     pub async fn from_stream(stream: UnixStream) -> Result<Self> {
         let building = Builder::unix_stream(stream).p2p().build();
         let timed_out = |_| Error::Disconnected("the daemon does not answer".into());
-        let connection = tokio::time::timeout(ANSWER_TIMEOUT, building).await.map_err(timed_out)??;
+        let connection = tokio::time::timeout(START_TIMEOUT, building).await.map_err(timed_out)??;
         let client = Self { inner: Arc::new(Inner { place: None, connection: Mutex::new(connection) }) };
         client.answers().await?;
         Ok(client)
