@@ -49,7 +49,7 @@ def main():
             return name, 0, ""
         command = [os.environ.get("BLOCKLORA", "blocklora"), "train", "--base", options.base]
         command += ["--images", options.concepts.parent / name, "--class", concept["class"], "--kind", concept["kind"]]
-        command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "--storage", "f16", "-o", output]
+        command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "-o", output]
         if options.method == "blocklora":
             command += ["--slot", str(slot)]
         if pathlib.Path(f"{output}.checkpoint").exists():
