@@ -20,6 +20,7 @@ use blocklora_engine::generate::{GenerateRequest, Step, generate};
 use blocklora_engine::merge::strategy::{MergeStrategy, Sum};
 use blocklora_engine::train::{Concept, Dataset, TrainRequest, train};
 use blocklora_sdk::manifest::PluginKind;
+use blocklora_service::plugins::artefacts::Artefacts;
 use blocklora_service::plugins::{Isolation, Options, PluginError, Plugins, State};
 use blocklora_spec::{Kind, Storage};
 use cases::{Case, Ends, cases};
@@ -116,7 +117,7 @@ fn run(live: &mut Live, before: &[u32], case: &Case, isolation: Isolation) {
     let folder = installed(case.kind);
     let plugins = fresh_host(&folder, isolation);
     std::fs::write(std::env::var(VARIABLE).unwrap().trim_start_matches('@'), &case.mode).unwrap();
-    let result = use_it(live, &plugins, case.kind, &case.mode);
+    let result = Arc::new(Artefacts::default()).during(|| use_it(live, &plugins, case.kind, &case.mode));
     let entry = plugins.list().0.remove(0);
     println!("{name}: {result:?}");
     match (&case.ends, result) {

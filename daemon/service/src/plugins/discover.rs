@@ -93,6 +93,17 @@ pub fn search(folders: &[PathBuf]) -> Catalogue {
     catalogue
 }
 
+/// The plugin of this kind and id, as [`search`] finds it, without a look at the others.
+pub fn find(folders: &[PathBuf], kind: PluginKind, id: &str) -> Option<Found> {
+    // Nothing that leads out of the folders; what is no id is none of them.
+    if !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        return None;
+    }
+    let name = format!("{kind}-{id}.toml");
+    let files = folders.iter().map(|folder| folder.join(&name)).filter(|path| is_manifest(path));
+    files.into_iter().find_map(|path| read(&path).ok())
+}
+
 /// `<kind>-<id>.toml`.
 fn is_manifest(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -169,6 +180,21 @@ mod tests {
         }
         let found = search(&folders.each_ref().map(|f| f.path().to_owned())).found;
         assert_eq!(found.values().map(|f| f.manifest.summary.as_str()).collect::<Vec<_>>(), ["first"]);
+    }
+
+    #[test]
+    fn one_is_found_as_among_all() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        for (folder, text) in folders.iter().zip(["not a manifest", MANIFEST, MANIFEST]) {
+            std::fs::write(folder.path().join("merge-x.toml"), text).unwrap();
+        }
+        let folders = folders.each_ref().map(|f| f.path().to_owned());
+        let found = find(&folders, PluginKind::Merge, "x");
+        assert_eq!(found.as_ref(), search(&folders).found.values().next());
+        assert_eq!(found.unwrap().path, folders[1].join("merge-x.toml"));
+        for (kind, id) in [(PluginKind::Sample, "x"), (PluginKind::Merge, "y"), (PluginKind::Merge, "../x")] {
+            assert_eq!(find(&folders, kind, id), None);
+        }
     }
 
     #[test]

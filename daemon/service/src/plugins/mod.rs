@@ -10,6 +10,7 @@ pub mod check;
 pub mod discover;
 mod error;
 mod helper;
+mod kept;
 mod merge;
 mod methods;
 mod records;
@@ -22,6 +23,7 @@ mod worker;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -40,6 +42,7 @@ use serde_json::Value;
 use crate::methods::MethodInfo;
 pub use discover::{Broken, Found};
 pub use error::{PluginError, Result, noun};
+use kept::Kept;
 use records::{Records, Scanned};
 use running::{Place, Running};
 
@@ -151,6 +154,8 @@ pub struct Plugins {
     open: Mutex<HashMap<String, Library>>,
     /// What the daemon's list was last, and when.
     listed: Mutex<Option<(Instant, Vec<MethodInfo>)>>,
+    samplers: Kept<dyn Sampler>,
+    strategies: Kept<dyn MergeStrategy>,
 }
 
 /// A plugin with its settings, ready to be used.
@@ -163,7 +168,27 @@ struct Method {
 /// Where its code runs.
 enum Code {
     Library(Library, Place),
-    Worker(worker::Worker),
+    Worker(Box<worker::Worker>),
+}
+
+impl Code {
+    /// Set when its process has ended.
+    fn gone(&self) -> Option<Arc<AtomicBool>> {
+        match self {
+            Self::Library(..) => None,
+            Self::Worker(worker) => Some(worker.gone()),
+        }
+    }
+}
+
+/// A plugin that somebody wants, and the settings that it is given.
+struct Wanted {
+    /// Tells it from all others, and from itself with other settings.
+    key: String,
+    found: Found,
+    digest: String,
+    scanned: Scanned,
+    given: Value,
 }
 
 impl Plugins {
@@ -171,7 +196,8 @@ impl Plugins {
     pub fn new(options: Options) -> Self {
         let records = Arc::new(Records::open(&options.state));
         let running = Arc::new(Running::open(&options.state, &records));
-        Self { options, records, running, open: Mutex::default(), listed: Mutex::default() }
+        let (samplers, strategies) = (Kept::new(false), Kept::new(true));
+        Self { options, records, running, open: Mutex::default(), listed: Mutex::default(), samplers, strategies }
     }
 
     /// All plugins by kind and id, and files that are no manifests. Loads nothing.
@@ -205,41 +231,58 @@ impl Plugins {
         Ok(())
     }
 
-    /// The sampler `id` with these settings (an object; null for none).
+    /// The sampler `id` with these settings (an object; null for none): one that is at hand, or a new one.
     pub fn sampler(&self, id: &str, settings: &Value) -> Result<Arc<dyn Sampler>> {
-        let Method { name, algorithm, code } = self.method(PluginKind::Sample, id, settings)?;
+        let wanted = self.wanted(PluginKind::Sample, id, settings)?;
+        if let Some(sampler) = self.samplers.get(&wanted.key) {
+            return Ok(sampler);
+        }
+        let key = wanted.key.clone();
+        let Method { name, algorithm, code } = self.method(wanted)?;
+        let gone = code.gone();
         let (sampler, place): (Box<dyn AnySampler>, _) = match code {
             Code::Library(library, place) => {
                 let made = place.inside(|| library.sampler(&algorithm.config));
                 (made.map_err(|e| refused(&name, e))?, Some(place))
             }
-            Code::Worker(worker) => (Box::new(worker), None),
+            Code::Worker(worker) => (worker, None),
         };
-        Ok(Arc::new(sample::PluginSampler { id: algorithm.id, sampler, place }))
+        let sampler = Arc::new(sample::PluginSampler { id: algorithm.id, sampler, place }) as Arc<dyn Sampler>;
+        self.samplers.put(key, &sampler, gone);
+        Ok(sampler)
     }
 
-    /// The merge strategy `id` with these settings.
+    /// The merge strategy `id` with these settings, likewise.
     pub fn strategy(&self, id: &str, settings: &Value) -> Result<Arc<dyn MergeStrategy>> {
-        let Method { name, algorithm, code } = self.method(PluginKind::Merge, id, settings)?;
+        let wanted = self.wanted(PluginKind::Merge, id, settings)?;
+        if let Some(strategy) = self.strategies.get(&wanted.key) {
+            return Ok(strategy);
+        }
+        let key = wanted.key.clone();
+        let Method { name, algorithm, code } = self.method(wanted)?;
+        let gone = code.gone();
         let (strategy, place): (Box<dyn AnyMergeStrategy>, _) = match code {
             Code::Library(library, place) => {
                 let made = place.inside(|| library.strategy(&algorithm.config));
                 (made.map_err(|e| refused(&name, e))?, Some(place))
             }
-            Code::Worker(worker) => (Box::new(worker), None),
+            Code::Worker(worker) => (worker, None),
         };
-        Ok(Arc::new(merge::PluginStrategy::new(algorithm, strategy, place)))
+        let strategy = merge::PluginStrategy::new(algorithm, strategy, place);
+        let strategy = Arc::new(strategy) as Arc<dyn MergeStrategy>;
+        self.strategies.put(key, &strategy, gone);
+        Ok(strategy)
     }
 
     /// The trainer `id` with these settings.
     pub fn trainer(&self, id: &str, settings: &Value) -> Result<Box<dyn Trainer>> {
-        let Method { name, algorithm, code } = self.method(PluginKind::Train, id, settings)?;
+        let Method { name, algorithm, code } = self.method(self.wanted(PluginKind::Train, id, settings)?)?;
         let (trainer, place): (Box<dyn AnyTrainer>, _) = match code {
             Code::Library(library, place) => {
                 let made = place.inside(|| library.trainer(&algorithm.config));
                 (made.map_err(|e| refused(&name, e))?, Some(place))
             }
-            Code::Worker(worker) => (Box::new(worker), None),
+            Code::Worker(worker) => (worker, None),
         };
         Ok(Box::new(train::PluginTrainer { algorithm, trainer, place }))
     }
@@ -261,10 +304,10 @@ impl Plugins {
     }
 
     fn find(&self, kind: PluginKind, id: &str) -> Result<Found> {
-        let mut catalogue = discover::search(&self.options.folders);
-        if let Some(found) = catalogue.found.remove(&(kind, id.to_owned())) {
+        if let Some(found) = discover::find(&self.options.folders, kind, id) {
             return Ok(found);
         }
+        let catalogue = discover::search(&self.options.folders);
         let has_alias = |found: &&Found| found.manifest.kind == kind && found.manifest.aliases.contains_key(id);
         if let Some(found) = catalogue.found.values().find(has_alias) {
             return Ok(found.clone());
@@ -313,12 +356,19 @@ impl Plugins {
         Ok((digest, scanned))
     }
 
-    /// The plugin with checked and completed settings, its library open.
-    fn method(&self, kind: PluginKind, id: &str, given: &Value) -> Result<Method> {
+    /// The plugin that is there now, if it may be used.
+    fn wanted(&self, kind: PluginKind, id: &str, given: &Value) -> Result<Wanted> {
         let found = self.find(kind, id)?;
-        let name = found.manifest.full_name();
-        let given = &with_alias(found.manifest.aliases.get(id), given);
+        let given = with_alias(found.manifest.aliases.get(id), given);
         let (digest, scanned) = self.scanned(&found)?;
+        let key = format!("{} {digest} {given}", found.manifest.full_name());
+        Ok(Wanted { key, found, digest, scanned, given })
+    }
+
+    /// The plugin with checked and completed settings, its library open.
+    fn method(&self, wanted: Wanted) -> Result<Method> {
+        let Wanted { found, digest, scanned, given, .. } = wanted;
+        let (name, given) = (found.manifest.full_name(), &given);
         settings::check(&scanned.schema, given)
             .map_err(|reason| PluginError::Settings { name: name.clone(), reason })?;
         let (code, config) = match self.options.isolation {
@@ -332,7 +382,7 @@ impl Plugins {
                 let (records, digest, name) = (self.records.clone(), digest.clone(), name.clone());
                 let accounts = worker::Accounts { records, digest, name };
                 let (worker, config) = worker::Worker::start(&found, given, accounts, self.options.silence_max)?;
-                (Code::Worker(worker), config)
+                (Code::Worker(Box::new(worker)), config)
             }
         };
         let Manifest { id, version, .. } = found.manifest;

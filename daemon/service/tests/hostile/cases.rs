@@ -91,6 +91,11 @@ pub fn cases() -> Vec<Case> {
         (Train, "nan", Ends::Refused("a trained number is not finite", "use other settings, or another method")),
     ];
     let mut cases = Vec::new();
+    for kind in [Merge, Sample, Train] {
+        let outside = Ends::Refused("artefact \"../outside\": its name must be", REPORT);
+        cases.push(Case { kind, mode: "artefacts".into(), ends: Ends::Well });
+        cases.push(Case { kind, mode: "artefact-outside".into(), ends: outside });
+    }
     cases.extend(others.iter().map(|(kind, mode, ends)| Case {
         kind: *kind,
         mode: (*mode).into(),

@@ -76,9 +76,10 @@ fn work(link: &Link, manifest: &Path) -> io::Result<()> {
         Err(error) => return link.failed(&error).and(Err(io::ErrorKind::UnexpectedEof.into())),
     };
     link.send(&Call::Done(Answer::Open(settings)), &Payload::default())?;
+    let mut kept = m::KeptFactors::new();
     loop {
         let (request, payload) = link.receive()?;
-        match answer(link, &instance, request, payload)? {
+        match answer(link, &instance, &mut kept, request, payload)? {
             Ok((answer, payload)) => link.send(&Call::Done(answer), &payload)?,
             Err(error) => link.failed(&error)?,
         }
@@ -104,14 +105,19 @@ fn open(manifest: &Path, settings: &Value) -> Result<(Instance, Value)> {
 fn answer(
     link: &Link,
     instance: &Instance,
+    kept: &mut m::KeptFactors,
     request: Request,
     mut payload: Payload,
 ) -> io::Result<Result<(Answer, Payload)>> {
     let mut out = Payload::default();
     let answer = match (instance, request) {
-        (Instance::Merge(strategy), Request::Plan { layers, adapters }) => {
+        (Instance::Merge(strategy), Request::Plan { layers, adapters, forget }) => {
             let layers: Vec<Layer> = layers.into_iter().map(m::layer).collect();
-            let owned = m::take_adapters(adapters, &mut payload)?;
+            if forget {
+                kept.clear();
+            }
+            let owned = m::take_adapters(adapters, kept, &mut payload)?;
+            owned.iter().for_each(|adapter| adapter.keep(kept));
             let adapters: Vec<_> = owned.iter().map(m::OwnedAdapter::view).collect();
             let job = link.job(0);
             strategy.plan(&job, &layers, &adapters).map(|plan| Answer::Plan(put_plan(plan, &mut out)))
@@ -119,7 +125,7 @@ fn answer(
         (Instance::Merge(strategy), Request::Fill { index, layer, first_row, rows, adapters }) => {
             let numbers = payload.take()?;
             let layer = m::layer(layer);
-            let owned = m::take_adapters(adapters, &mut payload)?;
+            let owned = m::take_adapters(adapters, kept, &mut payload)?;
             let adapters: Vec<_> = owned.iter().map(m::OwnedAdapter::view).collect();
             let mut delta = vec![0.0; rows.saturating_mul(layer.columns)];
             let rows = first_row..first_row + rows;

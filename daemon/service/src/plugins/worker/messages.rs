@@ -1,6 +1,8 @@
 //! What a worker and its host say to each other.
 
+use std::collections::HashMap;
 use std::io::Result;
+use std::sync::Arc;
 
 use blocklora_sdk::merge::{Adapter, Factors, Layer};
 use blocklora_sdk::sample::{NoiseSchedule, TimestepSpacing};
@@ -29,9 +31,10 @@ mod bits {
 pub enum Request {
     /// To load the plugin of the worker's manifest and make an instance with these settings.
     Open(Value),
-    /// A plan; the adapters' factors follow.
-    Plan { layers: Vec<WireLayer>, adapters: Vec<WireAdapter> },
-    /// The change of some rows; the numbers and the adapters' factors of this layer follow.
+    /// A plan; the factors of adapters that the worker does not know follow. It keeps them; with `forget` those from before
+    /// go first.
+    Plan { layers: Vec<WireLayer>, adapters: Vec<WireAdapter>, forget: bool },
+    /// The change of some rows; the numbers follow, and the factors on this layer of adapters that the worker does not know.
     Fill { index: usize, layer: WireLayer, first_row: usize, rows: usize, adapters: Vec<WireAdapter> },
     /// A sample; the schedule and the latents follow.
     Sample { schedule: WireSchedule, shape: [usize; 4], seed: u64, steps: usize },
@@ -117,64 +120,97 @@ pub fn layer((name, rows, columns): WireLayer) -> Layer {
     Layer { name, rows, columns }
 }
 
-/// An adapter; `factors` has the (rank, scale's bits) of each layer that it changes, by the layer's index.
+/// An adapter; `factors` has the (layer, rank, scale's bits) of each layer that it changes, None if the worker knows them.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WireAdapter {
     name: String,
     digest: String,
     #[serde(with = "bits")]
     weight: f32,
-    factors: Vec<(usize, usize, u32)>,
+    factors: Option<Vec<(usize, usize, u32)>>,
     layers: usize,
 }
 
-/// Puts `adapters` with their factors on `layers`.
+/// Puts `adapters`, with their factors on `layers` where they are not `known`.
 pub fn put_adapters(
     adapters: &[Adapter<'_>],
     layers: std::ops::Range<usize>,
+    known: impl Fn(&str) -> bool,
     payload: &mut Payload,
 ) -> Vec<WireAdapter> {
     let wire = |adapter: &Adapter<'_>| {
-        let mut factors = Vec::new();
-        for index in layers.clone() {
-            if let Some(f) = adapter.factors.get(index).copied().flatten() {
-                payload.put(f.a);
-                payload.put(f.b);
-                payload.put_rows(f.rows);
-                factors.push((index, f.rank, f.scale.to_bits()));
-            }
-        }
-        WireAdapter {
-            name: adapter.name.to_owned(),
-            digest: adapter.digest.to_owned(),
-            weight: adapter.weight,
-            factors,
-            layers: layers.end,
-        }
+        let mut put = |index: usize| {
+            let f = adapter.factors.get(index).copied().flatten()?;
+            payload.put(f.a);
+            payload.put(f.b);
+            payload.put_rows(f.rows);
+            Some((index, f.rank, f.scale.to_bits()))
+        };
+        let factors = (!known(adapter.digest)).then(|| layers.clone().filter_map(&mut put).collect());
+        let (name, digest) = (adapter.name.to_owned(), adapter.digest.to_owned());
+        WireAdapter { name, digest, weight: adapter.weight, factors, layers: layers.end }
     };
     adapters.iter().map(wire).collect()
 }
 
-/// An adapter that owns its factors.
-pub struct OwnedAdapter {
-    head: WireAdapter,
-    numbers: Vec<(Vec<f32>, Vec<f32>, Vec<u32>)>,
+/// The memory that an adapter's factors take.
+pub fn factor_bytes(adapter: &Adapter<'_>) -> u64 {
+    let numbers = adapter.factors.iter().flatten().map(|f| f.a.len() + f.b.len() + f.rows.len());
+    4 * numbers.sum::<usize>() as u64
 }
 
-pub fn take_adapters(heads: Vec<WireAdapter>, payload: &mut Payload) -> Result<Vec<OwnedAdapter>> {
-    let owned = |head: WireAdapter| {
-        let numbers = head.factors.iter().map(|_| Ok((payload.take()?, payload.take()?, payload.take_rows()?)));
-        let numbers = numbers.collect::<Result<Vec<_>>>()?;
-        Ok(OwnedAdapter { head, numbers })
+/// The factors of an adapter on some layers.
+pub struct OwnedFactors(Vec<OwnedLayer>);
+
+struct OwnedLayer {
+    index: usize,
+    rank: usize,
+    scale: f32,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    rows: Vec<u32>,
+}
+
+/// The adapters whose factors a worker keeps, by digest.
+pub type KeptFactors = HashMap<String, Arc<OwnedFactors>>;
+
+/// An adapter that owns its factors, or shares them with what the worker keeps.
+pub struct OwnedAdapter {
+    head: WireAdapter,
+    factors: Arc<OwnedFactors>,
+}
+
+pub fn take_adapters(
+    heads: Vec<WireAdapter>,
+    kept: &KeptFactors,
+    payload: &mut Payload,
+) -> Result<Vec<OwnedAdapter>> {
+    let mut owned = |head: WireAdapter| {
+        let mut layer = |&(index, rank, scale): &(usize, usize, u32)| {
+            let (a, b, rows) = (payload.take()?, payload.take()?, payload.take_rows()?);
+            Ok(OwnedLayer { index, rank, scale: f32::from_bits(scale), a, b, rows })
+        };
+        let factors = match &head.factors {
+            Some(layers) => Arc::new(OwnedFactors(layers.iter().map(&mut layer).collect::<Result<_>>()?)),
+            None => kept.get(&head.digest).cloned().ok_or_else(|| invalid("an adapter is not known"))?,
+        };
+        Ok(OwnedAdapter { head, factors })
     };
-    heads.into_iter().map(owned).collect()
+    heads.into_iter().map(&mut owned).collect()
 }
 
 impl OwnedAdapter {
+    pub fn keep(&self, kept: &mut KeptFactors) {
+        kept.insert(self.head.digest.clone(), self.factors.clone());
+    }
+
     pub fn view(&self) -> Adapter<'_> {
         let mut factors = vec![None; self.head.layers];
-        for ((index, rank, scale), (a, b, rows)) in self.head.factors.iter().zip(&self.numbers) {
-            factors[*index] = Some(Factors { a, b, rows, rank: *rank, scale: f32::from_bits(*scale) });
+        // Those beyond are not asked for: a tile needs the layers up to its own.
+        for OwnedLayer { index, rank, scale, a, b, rows } in &self.factors.0 {
+            if let Some(place) = factors.get_mut(*index) {
+                *place = Some(Factors { a, b, rows, rank: *rank, scale: *scale });
+            }
         }
         Adapter { name: &self.head.name, digest: &self.head.digest, weight: self.head.weight, factors }
     }

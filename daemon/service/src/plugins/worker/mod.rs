@@ -8,11 +8,13 @@ mod messages;
 mod serve;
 mod wire;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -37,6 +39,9 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
 /// Memory beside the declared one: the program itself, and the numbers it was sent.
 const ALLOWANCE_BYTES: u64 = 256 << 20;
+
+/// Bytes of the factors that a worker keeps from one request to the next.
+const KNOWN_BYTES_MAX: u64 = 512 << 20;
 
 /// Private memory that a worker can have at most, as the kernel enforces it: beyond what the host watches.
 fn data_bytes(memory_mib: u64) -> u64 {
@@ -75,9 +80,18 @@ pub struct Worker {
     accounts: Accounts,
     memory_bytes: u64,
     silence_max: Duration,
+    gone: Arc<AtomicBool>,
+}
+
+/// Which adapters' factors a worker has, so that they cross once, and their bytes.
+#[derive(Default)]
+pub struct Known {
+    digests: HashSet<String>,
+    bytes: u64,
 }
 
 struct State {
+    known: Known,
     child: Child,
     wire: Wire,
     /// Resident bytes before the first request.
@@ -109,9 +123,10 @@ impl Worker {
             .spawn()
             .map_err(failed)?;
         ours.set_read_timeout(Some(LOOK)).map_err(failed)?;
-        let state = State { child, wire: Wire::host(ours, memory), baseline: 0, gone: None };
+        let state = State { known: Known::default(), child, wire: Wire::host(ours, memory), baseline: 0, gone: None };
         let memory_bytes = found.manifest.memory_mib << 20;
-        let worker = Self { state: Mutex::new(state), accounts, memory_bytes, silence_max };
+        let gone = Arc::default();
+        let worker = Self { state: Mutex::new(state), accounts, memory_bytes, silence_max, gone };
         let opened = worker.run(&Request::Open(settings.clone()), &Payload::default(), &mut Services::none());
         let (answer, _) = opened.map_err(|e| match e.code {
             Code::InvalidConfig => PluginError::Settings { name: worker.accounts.name.clone(), reason: e.message },
@@ -126,14 +141,28 @@ impl Worker {
         }
     }
 
+    /// Set when the process has ended.
+    pub fn gone(&self) -> Arc<AtomicBool> {
+        self.gone.clone()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Asks for `request` and serves the plugin's calls until it is done.
     fn run(&self, request: &Request, payload: &Payload, services: &mut Services<'_>) -> Result<(Answer, Payload)> {
-        let mut state = self.lock();
-        let State { child, wire, baseline, gone } = &mut *state;
+        self.run_in(&mut self.lock(), request, payload, services)
+    }
+
+    fn run_in(
+        &self,
+        state: &mut State,
+        request: &Request,
+        payload: &Payload,
+        services: &mut Services<'_>,
+    ) -> Result<(Answer, Payload)> {
+        let State { child, wire, baseline, gone, .. } = state;
         if let Some(reason) = gone {
             let cure = PluginError::cure_of_quarantine(&self.accounts.name);
             return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
@@ -168,6 +197,7 @@ impl Worker {
                 Err(error) => {
                     let reason = self.bury(child, overrun, &error);
                     *gone = Some(reason.clone());
+                    self.gone.store(true, Ordering::Relaxed);
                     let cure = PluginError::cure_of_quarantine(&self.accounts.name);
                     return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
                 }
@@ -206,6 +236,26 @@ impl Worker {
     }
 }
 
+impl Known {
+    /// Forgets everything where `adapters` would be too much with what there is; whether the worker has to, too.
+    fn make_room(&mut self, adapters: &[Adapter<'_>]) -> bool {
+        let new = adapters.iter().filter(|adapter| !self.digests.contains(adapter.digest));
+        let forget = !self.digests.is_empty() && self.bytes + new.map(m::factor_bytes).sum::<u64>() > KNOWN_BYTES_MAX;
+        if forget {
+            *self = Self::default();
+        }
+        forget
+    }
+
+    fn add(&mut self, adapters: &[Adapter<'_>]) {
+        for adapter in adapters {
+            if self.digests.insert(adapter.digest.to_owned()) {
+                self.bytes += m::factor_bytes(adapter);
+            }
+        }
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -232,9 +282,15 @@ fn unexpected() -> Error {
 impl AnyMergeStrategy for Worker {
     fn plan(&self, job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
         let mut payload = Payload::default();
-        let wire = m::put_adapters(adapters, 0..layers.len(), &mut payload);
-        let request = Request::Plan { layers: m::wire_layers(layers), adapters: wire };
-        let (answer, mut numbers) = self.run(&request, &payload, &mut job_services(job))?;
+        let mut state = self.lock();
+        let forget = state.known.make_room(adapters);
+        let known = |digest: &str| state.known.digests.contains(digest);
+        let wire = m::put_adapters(adapters, 0..layers.len(), known, &mut payload);
+        let request = Request::Plan { layers: m::wire_layers(layers), adapters: wire, forget };
+        // On an error there may be no worker any more, and then nobody asks for what it knows.
+        state.known.add(adapters);
+        let (answer, mut numbers) = self.run_in(&mut state, &request, &payload, &mut job_services(job))?;
+        drop(state);
         let Answer::Plan(plan) = answer else { return Err(unexpected()) };
         if plan.len() != layers.len() {
             return Err(Error::contract(format!("the strategy planned {} layers of {}", plan.len(), layers.len())));
@@ -256,14 +312,17 @@ impl AnyMergeStrategy for Worker {
     fn fill(&self, tile: &Tile<'_>, delta: &mut [f32]) -> Result<()> {
         let mut payload = Payload::default();
         payload.put(tile.numbers);
+        let mut state = self.lock();
+        let known = |digest: &str| state.known.digests.contains(digest);
         let request = Request::Fill {
             index: tile.index,
             layer: m::wire_layer(tile.layer),
             first_row: tile.rows.start,
             rows: tile.rows.len(),
-            adapters: m::put_adapters(tile.adapters, tile.index..tile.index + 1, &mut payload),
+            adapters: m::put_adapters(tile.adapters, tile.index..tile.index + 1, known, &mut payload),
         };
-        let (_, mut numbers) = self.run(&request, &payload, &mut Services::none())?;
+        let (_, mut numbers) = self.run_in(&mut state, &request, &payload, &mut Services::none())?;
+        drop(state);
         numbers.take_into(delta).map_err(broken)
     }
 }
