@@ -180,11 +180,7 @@ pub struct OwnedAdapter {
     factors: Arc<OwnedFactors>,
 }
 
-pub fn take_adapters(
-    heads: Vec<WireAdapter>,
-    kept: &KeptFactors,
-    payload: &mut Payload,
-) -> Result<Vec<OwnedAdapter>> {
+pub fn take_adapters(heads: Vec<WireAdapter>, kept: &KeptFactors, payload: &mut Payload) -> Result<Vec<OwnedAdapter>> {
     let mut owned = |head: WireAdapter| {
         let mut layer = |&(index, rank, scale): &(usize, usize, u32)| {
             let (a, b, rows) = (payload.take()?, payload.take()?, payload.take_rows()?);
