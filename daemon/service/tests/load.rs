@@ -72,6 +72,13 @@ async fn many_clients_beside_a_training() {
     let first = daemon.client().await;
     let alone = Arc::new(draw_alone(&first).await);
     let training = stub::train(&first, "rex", 1_000_000).await;
+    // One that waits lets pictures go first; one that runs takes turns with them.
+    let runs = async {
+        while step_of(&first, &training).await.0 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), runs).await.expect("the training does not start");
     let done = Arc::new(AtomicUsize::new(0));
     let start = Instant::now();
     let mut tasks = Vec::new();
