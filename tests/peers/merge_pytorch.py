@@ -5,11 +5,11 @@ Ours merges the adapters in one pass over the rows that change. PyTorch's are
   per-lora W += B @ A once per adapter, in plain torch,
   stacked  W.addmm_(B_all, A_all) once, all adapters' factors concatenated beforehand: the best form of it.
 
-    python tests/peers/merge_pytorch.py [--precision f16] [--rounds 5] [--ours PROGRAM ...]
+    python tests/peers/merge_pytorch.py [--precision f16] [--rounds 5] [--ours PROGRAM]
 
-Needs torch, and peft for the first of them (it is left out where peft is missing). `--ours` is the built
-examples/bench_merge; without it cargo builds and runs it in release mode. Prints medians and ratios, or with --json
-one object. Exits with 1 where a ratio misses its goal.
+Needs torch, and peft for the first of them (it is left out where peft is missing). `--ours` is the built command
+`blocklora` (default: target/debug/blocklora), whose `bench merge` is run. Prints medians and ratios, or with --json one
+object. Exits with 1 where a ratio misses its goal.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def arguments():
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--capacity", type=int, default=16)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--ours", nargs="+", metavar="PROGRAM", help="the built examples/bench_merge")
+    parser.add_argument("--ours", default=str(ROOT / "target/debug/blocklora"), help="the built command line")
     return parser.parse_args()
 
 
@@ -131,13 +131,12 @@ def milliseconds(work):
 
 def ours():
     """One run of our benchmark: its JSON."""
-    program = ARGS.ours or [
-        *("cargo", "run", "--quiet", "--release", "-p", "blocklora-engine", "--example", "bench_merge", "--")
-    ]
-    sizes = [ARGS.precision, ARGS.threads, 5, ARGS.adapters, ARGS.rank, ARGS.capacity]
-    done = subprocess.run([*program, *map(str, sizes)], cwd=ROOT, capture_output=True, text=True)
+    sizes = {"precision": ARGS.precision, "threads": ARGS.threads, "repeats": 5, "adapters": ARGS.adapters, "rank": ARGS.rank,
+             "capacity": ARGS.capacity}
+    options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run([ARGS.ours, "bench", "merge", "--shape", "sd15", "--json", *options], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(program)} failed:\n{done.stderr}")
+        sys.exit(f"{ARGS.ours} bench merge failed:\n{done.stderr}")
     return json.loads(done.stdout)
 
 
