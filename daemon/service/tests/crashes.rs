@@ -175,10 +175,27 @@ async fn kill_9_at_any_moment_loses_no_promise_and_leaves_no_half() {
     }
 }
 
+/// The entries of the library.
+async fn library(client: &Client) -> Vec<Dict> {
+    client.call(ROOT, "Manager", "QueryLibrary", &(Dict::new(), 0u32, 100u32)).await.unwrap()
+}
+
+/// The names of their files, in order.
+fn files_of(page: &[Dict]) -> Vec<String> {
+    let mut files: Vec<String> = page.iter().map(|entry| format!("{}.safetensors", text(entry, "digest"))).collect();
+    files.sort();
+    files
+}
+
 /// That what the daemon shows now keeps `promises`, and that files and entries agree.
 async fn check_promises(daemon: &Daemon, promises: &Promises, seen: &str) {
     let client = daemon.client().await;
-    let page: Vec<Dict> = client.call(ROOT, "Manager", "QueryLibrary", &(Dict::new(), 0u32, 100u32)).await.unwrap();
+    // A file without its entry is checked and taken in beside the start.
+    until("the files that an import left", || async {
+        files_of(&library(&client).await) == names_in(&daemon.state().join("adapters"))
+    })
+    .await;
+    let page = library(&client).await;
     let names: Vec<String> = page.iter().map(|entry| text(entry, "name")).collect();
     let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(), 0u32, 1000u32)).await.unwrap();
     let slot = |dict: &Dict| format!("slot {}", u32::try_from(dict["slot"].try_clone().unwrap()).unwrap());
@@ -189,8 +206,7 @@ async fn check_promises(daemon: &Daemon, promises: &Promises, seen: &str) {
         // What was open is decided now, and stays so.
         *promise = if there { Promise::There } else { Promise::Gone };
     }
-    let mut files: Vec<String> = page.iter().map(|entry| format!("{}.safetensors", text(entry, "digest"))).collect();
-    files.sort();
+    let files = files_of(&page);
     assert_eq!(names_in(&daemon.state().join("adapters")), files, "{seen}");
     assert_eq!(names_in(&daemon.state().join("tmp")), [""; 0], "{seen}");
     let job: OwnedObjectPath = client.call(ROOT, "Manager", "ValidateLibrary", &(Dict::new(),)).await.unwrap();

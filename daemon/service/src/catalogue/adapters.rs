@@ -134,7 +134,9 @@ impl Filter {
             and("search LIKE ? ESCAPE '\\'", Value::Text(format!("%{}%", escaped(&text.to_lowercase()))));
         }
         if let Some(digest) = &self.digest {
-            and("digest LIKE ? ESCAPE '\\'", Value::Text(format!("{}%", escaped(digest))));
+            // As a range, which the index finds: "g" comes after every hexadecimal digit.
+            and("digest >= ?", Value::Text(digest.to_lowercase()));
+            and("digest < ?", Value::Text(format!("{}g", digest.to_lowercase())));
         }
         for (column, value) in &self.equal {
             and(&format!("{column} IS ?"), value.clone());
@@ -260,10 +262,29 @@ impl Catalogue {
         }
     }
 
-    /// Notes what is wrong with an adapter's file ("missing", "corrupt"), or that nothing is ("ok").
-    pub fn set_adapter_state(&self, digest: &str, state: &str, problem: &str) -> Result<()> {
+    /// The digest and the state of every adapter.
+    pub fn adapter_states(&self) -> Result<Vec<(String, String)>> {
         self.with(|c| {
-            c.execute("UPDATE adapters SET state = ?, problem = ? WHERE digest = ?", [state, problem, digest]).map(drop)
+            let mut statement = c.prepare("SELECT digest, state FROM adapters")?;
+            statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+        })
+    }
+
+    /// The state of one adapter, if the library has it.
+    pub fn adapter_state(&self, digest: &str) -> Result<Option<String>> {
+        let sql = "SELECT state FROM adapters WHERE digest = ?";
+        self.with(|c| c.prepare_cached(sql)?.query_row([digest], |row| row.get(0)).optional())
+    }
+
+    /// Notes what is wrong with these adapters' files ("missing", "corrupt"), or that nothing is ("ok").
+    pub fn set_adapter_states(&self, digests: &[&str], state: &str, problem: impl Fn(&str) -> String) -> Result<()> {
+        self.with(|c| {
+            let transaction = c.transaction()?;
+            for digest in digests {
+                let sql = "UPDATE adapters SET state = ?, problem = ? WHERE digest = ?";
+                transaction.prepare_cached(sql)?.execute([state, problem(digest).as_str(), digest])?;
+            }
+            transaction.commit()
         })
     }
 }
@@ -339,10 +360,17 @@ mod tests {
         assert_eq!(catalogue.find_adapter("milo").unwrap(), one);
         assert!(catalogue.find_adapter("zuko").unwrap_err().message.contains("more than one"));
         assert_eq!(catalogue.find_adapter("abcdef0").unwrap_err().kind, Kind::AdapterNotFound);
+        let capitals = Filter { digest: Some("ABCDEF0".into()), ..Filter::default() };
+        assert_eq!(catalogue.count_adapters(&capitals).unwrap(), 2);
+        // By the index, whatever the library's size.
+        let (condition, values) = Filter { digest: Some("abcdef02".into()), ..Filter::default() }.sql();
+        let sql = format!("EXPLAIN QUERY PLAN SELECT count(*) FROM adapters{condition}");
+        let plan: String = catalogue.lock().query_row(&sql, params_from_iter(values), |row| row.get(3)).unwrap();
+        assert!(plan.starts_with("SEARCH"), "{plan}");
         // What a filter gives to LIKE is text, not a pattern.
         let filter = Filter { text: Some("%".into()), ..Filter::default() };
         assert_eq!(catalogue.count_adapters(&filter).unwrap(), 0);
-        catalogue.set_adapter_state(&one.digest, "corrupt", "x").unwrap();
+        catalogue.set_adapter_states(&[one.digest.as_str()], "corrupt", |_| "x".into()).unwrap();
         assert_eq!(catalogue.find_adapter("milo").unwrap().state, "corrupt");
         catalogue.add_adapter(&one).unwrap();
         assert_eq!(catalogue.find_adapter("milo").unwrap().state, "ok");

@@ -10,9 +10,11 @@ use crate::jobs::work::Train;
 
 /// Takes in interrupted imports, goes on with interrupted trainings, and notes the end of other jobs.
 pub fn recover(daemon: &Arc<Daemon>) -> Result<()> {
-    for line in daemon.catalogue.recover()? {
-        tracing::info!("{line}");
+    let recovered = daemon.catalogue.recover()?;
+    for line in recovered.done {
+        tracing::warn!("{line}");
     }
+    adopt(daemon.clone(), recovered.strays)?;
     let history_max = daemon.config().jobs.history_max;
     let tmp = daemon.catalogue.folder().join("tmp");
     if tmp.is_dir() {
@@ -45,6 +47,23 @@ pub fn recover(daemon: &Arc<Daemon>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes in files of adapters that have no entry, beside the daemon's start: each is read and checked.
+fn adopt(daemon: Arc<Daemon>, strays: Vec<String>) -> Result<()> {
+    let run = move || {
+        for digest in strays {
+            if daemon.is_stopping() {
+                break;
+            }
+            match daemon.catalogue.adopt(&digest) {
+                Ok(line) => tracing::info!("{line}"),
+                Err(error) => tracing::error!("{error}"),
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("adopt".to_owned()).spawn(run);
+    thread.map(drop).map_err(|e| Error::io("cannot start a thread", &e))
 }
 
 fn go_on(daemon: &Arc<Daemon>, entry: &JobEntry) -> Result<()> {

@@ -40,13 +40,9 @@ pub fn validate_library(daemon: &Arc<Daemon>, job: &Arc<Job>) -> Result<()> {
                 if job.stop_requested().is_some() {
                     return Err(job.stop_error());
                 }
-                match library.catalogue.open_adapter(&entry.digest) {
-                    Ok(_) if entry.state != "ok" => library.catalogue.set_adapter_state(&entry.digest, "ok", "")?,
-                    Ok(_) => {}
-                    Err(error) => {
-                        let state = library.catalogue.find_adapter(&entry.digest).map_or(entry.state, |e| e.state);
-                        problems.push((entry.digest, state, error.message));
-                    }
+                if let Err(error) = library.catalogue.open_adapter(&entry.digest) {
+                    let state = library.catalogue.find_adapter(&entry.digest).map_or(entry.state, |e| e.state);
+                    problems.push((entry.digest, state, error.message));
                 }
                 checked += 1;
                 job.set_step(checked as u32, total as u32, None);
