@@ -129,9 +129,7 @@ impl Catalogue {
                 let reason = format!("{}: its digest is {}; it was altered", path.display(), adapter.digest());
                 ("corrupt", Error::new(Kind::InvalidAdapter, reason))
             }
-            Err(_) if !path.exists() => {
-                ("missing", Error::new(Kind::AdapterNotFound, missing(&path)))
-            }
+            Err(_) if !path.exists() => ("missing", Error::new(Kind::AdapterNotFound, missing(&path))),
             Err(e) => ("corrupt", e.into()),
         };
         self.note(digest, state, &error.message);
