@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd;
 use std::process::Command;
 
-use common::{Bus, Client, Daemon, Dict, NAME, ROOT, dict, entries_of, small, train, until};
+use common::{Bus, Client, Daemon, Dict, NAME, ROOT, dict, entries_of, small, stub, train, until};
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
@@ -33,6 +33,31 @@ async fn everything_works_on_a_message_bus() {
         client.message(&composition, PROPERTIES, "GetAll", &("",)).await.is_err()
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_file_of_a_job_with_hundreds_arrives_on_any_transport() {
+    // More than the kernel passes in one message (253), and far more than a system bus does (16).
+    const PICTURES: u32 = 300;
+    let bus = Bus::start_with_system_limits();
+    let daemon = stub::daemon_on(Some(&bus), "", &[]);
+    for client in [daemon.client().await, Client::on_bus(&bus).await] {
+        let mut params = stub::picture("a dog", 5, 1);
+        params.extend(dict([("count", PICTURES.into())]));
+        let job = client.generate("/", params, Dict::new()).await.unwrap();
+        client.wait(&job).await.unwrap();
+        let keep = dict([("keep", true.into()), ("offset", (2 * PICTURES - 3).into())]);
+        let last: Vec<(zbus::OwnedFd, Dict)> = client.call(&job, "Job", "TakeResults", &(keep,)).await.unwrap();
+        assert_eq!(last.len(), 3);
+        let files = client.results(&job).await.unwrap();
+        let index = |info: &Dict| u32::try_from(info["index"].try_clone().unwrap()).unwrap();
+        let found: Vec<u32> = files.iter().map(|(_, info)| index(info)).collect();
+        assert_eq!(found, (0..2 * PICTURES).map(|file| file / 2).collect::<Vec<u32>>());
+        assert_eq!(common::read_fd(&last[2].0), files.last().unwrap().0);
+        let alone = stub::picture("a dog", 5 + u64::from(PICTURES) - 1, 1);
+        assert_eq!(client.draw("/", alone).await.unwrap(), files[files.len() - 2].0);
+        assert_eq!(client.results(&job).await.unwrap().len(), 0);
+    }
 }
 
 async fn body(client: &Client) {

@@ -21,6 +21,9 @@ use crate::proxies::{Dict, JobProxy};
 use crate::results::ResultFile;
 use crate::value::{self, Options, object_of};
 
+/// The daemon gives so many files in one answer; fewer are the last.
+const FILES_PER_CALL: usize = 16;
+
 const INTERFACE: &str = "org.blocklora.Daemon1.Job";
 
 /// A job that gives an `R`.
@@ -134,8 +137,17 @@ impl<R: DeserializeOwned> Job<R> {
 
     /// The files of a finished job; the daemon keeps them only if `keep`.
     pub async fn take_results(&self, keep: bool) -> Result<Vec<ResultFile>> {
-        let options = Options::new().with("keep", keep).into_dict();
-        read_files(self.proxy.take_results(&options).await?)
+        let mut files = Vec::new();
+        loop {
+            let offset = if keep { files.len() as u32 } else { 0 };
+            let options = Options::new().with("keep", keep).with("offset", offset).into_dict();
+            let part = read_files(self.proxy.take_results(&options).await?)?;
+            let last = part.len() < FILES_PER_CALL;
+            files.extend(part);
+            if last {
+                return Ok(files);
+            }
+        }
     }
 
     /// How it is now.

@@ -85,6 +85,15 @@ async fn draws(client: &Client) {
     let [width, height, stride] = ["width", "height", "stride"].map(|key| raw[0].number(key).unwrap() as usize);
     assert!(stride == 3 * width && raw[0].bytes.len() == stride * height && raw[0].bytes != raw[1].bytes);
     assert!(png[0].bytes.starts_with(b"\x89PNG") && png[0].text("parameters").contains("Seed: 3"));
+    // More files than one answer holds, kept and then taken.
+    let many = Generate { count: Some(20), steps: Some(1), ..request.clone() };
+    let job = client.generate(&many).await.unwrap();
+    job.wait().await.unwrap();
+    let kept = job.take_results(true).await.unwrap();
+    assert_eq!(kept.len(), 40);
+    assert!(kept.iter().enumerate().all(|(place, file)| file.index as usize == place / 2));
+    assert_eq!(job.take_results(false).await.unwrap(), kept);
+    assert_eq!(job.take_results(false).await.unwrap(), []);
     // The same through a composition, to the byte.
     let model = client.models().await.unwrap().remove(0);
     let set = model.compose(&[Entry::new(&one).weight(0.5)], Options::new()).await.unwrap();

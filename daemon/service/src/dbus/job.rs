@@ -11,6 +11,9 @@ use super::value::{Dict, Options};
 use crate::error::{Error, Kind};
 use crate::jobs::{Job, Stop};
 
+/// Files of one answer: a message on a system bus carries 16 descriptors and no more, and a bus that gets more of them
+/// ends the connection.
+const FILES_MAX: usize = 16;
 /// The default time between two previews.
 const PREVIEW_INTERVAL_USEC: u64 = 500_000;
 /// The largest side of a preview: such a picture fits one packet.
@@ -43,6 +46,7 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
             let mut options = Options::new(call.args::<Dict>()?);
             let keep = options.boolean("keep")?.unwrap_or(false);
             let formats = options.strings("formats")?.unwrap_or_default();
+            let offset = options.u32("offset")?.unwrap_or(0) as usize;
             options.finish()?;
             call.authorize_owner(job.owner.uid).await?;
             match job.outcome() {
@@ -52,7 +56,7 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
                 }
                 Some(Err(error)) => Err(error.into()),
                 Some(Ok(_)) => {
-                    let files = job.take_results(keep, &formats)?;
+                    let files = job.take_results(keep, &formats, offset, FILES_MAX)?;
                     let files: Vec<(OwnedFd, Dict)> = files.into_iter().map(|(fd, info)| (fd.into(), info)).collect();
                     call.reply(method, &files)
                 }

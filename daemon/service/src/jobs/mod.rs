@@ -201,6 +201,8 @@ pub struct Job {
     pub description: String,
     /// When it was asked for.
     pub created_usec: u64,
+    /// Likewise, by a clock that nobody sets.
+    pub created: Instant,
     /// When it is over in any case.
     pub deadline: Option<Instant>,
     /// What the worker needs; taken when it starts.
@@ -231,6 +233,7 @@ impl Job {
             lifetime: ticket.lifetime,
             description: work.description(),
             created_usec: now_usec(),
+            created: Instant::now(),
             deadline: ticket.timeout.and_then(|span| Instant::now().checked_add(span)),
             work: Mutex::new(Some(work)),
             previews: Previews::default(),
@@ -392,17 +395,27 @@ impl Job {
         let _ = done.wait_for(|done| *done).await;
     }
 
-    /// Its files: those of `formats` (all if empty), removed unless `keep`.
-    pub fn take_results(&self, keep: bool, formats: &[String]) -> Result<Vec<(OwnedFd, Dict)>> {
+    /// Its files: of those of `formats` (all if empty) at most `limit` behind the first `offset`, removed unless `keep`.
+    pub fn take_results(
+        &self,
+        keep: bool,
+        formats: &[String],
+        offset: usize,
+        limit: usize,
+    ) -> Result<Vec<(OwnedFd, Dict)>> {
         let mut results = lock(&self.results);
         let wanted = |file: &ResultFile| formats.is_empty() || formats.iter().any(|f| f == file.format);
-        let mut taken = Vec::new();
-        for file in results.iter().filter(|file| wanted(file)) {
-            let fd = file.fd.try_clone().map_err(|e| Error::io("result", &e))?;
-            taken.push((fd, clone_dict(&file.info)));
+        let places = (0..results.len()).filter(|&place| wanted(&results[place]));
+        let places: Vec<usize> = places.skip(offset).take(limit).collect();
+        let mut taken = Vec::with_capacity(places.len());
+        for &place in &places {
+            let fd = results[place].fd.try_clone().map_err(|e| Error::io("result", &e))?;
+            taken.push((fd, clone_dict(&results[place].info)));
         }
         if !keep {
-            results.retain(|file| !wanted(file));
+            for &place in places.iter().rev() {
+                results.remove(place);
+            }
         }
         Ok(taken)
     }

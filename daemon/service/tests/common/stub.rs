@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use zbus::{OwnedObjectPath, OwnedVariant};
 
-use super::{Client, Daemon, Dict, ROOT, dict, training};
+use super::{Bus, Client, Daemon, Dict, ROOT, dict, training};
 
 /// Its id.
 pub const STUB: &str = "stub";
@@ -21,9 +21,14 @@ pub fn daemon(more: &str) -> Daemon {
 
 /// As [`daemon`], with more environment.
 pub fn daemon_in(more: &str, env: &[(&str, &str)]) -> Daemon {
+    daemon_on(None, more, env)
+}
+
+/// As [`daemon_in`], also on `bus`.
+pub fn daemon_on(bus: Option<&Bus>, more: &str, env: &[(&str, &str)]) -> Daemon {
     let folder = folder().display().to_string();
     let models = format!("[models]\ndefault = {STUB:?}\nfolders = {{ {STUB} = {folder:?} }}\n");
-    Daemon::start_in(None, &format!("{models}{more}"), &[], env)
+    Daemon::start_in(bus, &format!("{models}{more}"), &[], env)
 }
 
 /// Queues a training of `steps` steps that changes the model strongly; the job's path.
