@@ -132,6 +132,7 @@ impl Default for Models {
 pub struct Jobs {
     pub queue_limit: usize,
     pub queue_limit_per_client: usize,
+    pub wait_max_sec: u64,
     pub results_keep_sec: u64,
     pub results_keep_max: usize,
     pub results_keep_bytes: u64,
@@ -143,6 +144,7 @@ impl Default for Jobs {
         Self {
             queue_limit: 1024,
             queue_limit_per_client: 512,
+            wait_max_sec: 120,
             results_keep_sec: 300,
             results_keep_max: 512,
             results_keep_bytes: 512 << 20,

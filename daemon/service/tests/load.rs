@@ -8,7 +8,7 @@ mod common;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Client, Daemon, Dict, ROOT, dict, step_of, stub};
@@ -169,4 +169,45 @@ async fn memory_stays_flat() {
     println!("{ends:?}");
     assert!(ends["done"] >= jobs / 2 && ends["failed"] >= jobs / 4 && ends["empty"] >= jobs / 4);
     memory.assert_flat();
+}
+
+/// Two clients that always have a picture in the queue, until they are told to stop.
+async fn endless_pictures(daemon: &Daemon, stop: &Arc<AtomicBool>) -> Vec<tokio::task::JoinHandle<usize>> {
+    let mut tasks = Vec::new();
+    for seed in 0..2 {
+        let (client, stop) = (daemon.client().await, stop.clone());
+        tasks.push(tokio::spawn(async move {
+            let draw = async || client.generate("/", stub::picture("a dog", seed, 2), Dict::new()).await.unwrap();
+            let (mut waiting, mut drawn) = (VecDeque::from([draw().await]), 0);
+            while !stop.load(Ordering::Relaxed) {
+                waiting.push_back(draw().await);
+                let first = waiting.pop_front().unwrap();
+                client.wait(&first).await.unwrap();
+                drawn += 1;
+            }
+            drawn
+        }));
+    }
+    tasks
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_waits_gets_its_turn_under_endless_load() {
+    for (wait_max_sec, gets_it) in [(1, true), (0, false)] {
+        let daemon = stub::daemon(&format!("[jobs]\nwait_max_sec = {wait_max_sec}\n"));
+        let client = daemon.client().await;
+        client.draw("/", stub::picture("a dog", 1, 2)).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let load = endless_pictures(&daemon, &stop).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let training = stub::train(&client, "rex", 20).await;
+        let ended =
+            tokio::time::timeout(Duration::from_secs(if gets_it { 120 } else { 3 }), client.wait(&training)).await;
+        let state = client.get::<String>(&training, "Job", "State").await;
+        assert_eq!((ended.is_ok(), state.as_str()), if gets_it { (true, "done") } else { (false, "queued") });
+        stop.store(true, Ordering::Relaxed);
+        for task in load {
+            assert!(task.await.unwrap() > 0);
+        }
+    }
 }

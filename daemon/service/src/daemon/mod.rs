@@ -105,6 +105,7 @@ impl Daemon {
             last_activity: Mutex::new(Instant::now()),
             loose: Mutex::default(),
         };
+        daemon.set_wait_max();
         Ok((Arc::new(daemon), receiver))
     }
 
@@ -127,9 +128,14 @@ impl Daemon {
         }
         self.config.write().unwrap_or_else(PoisonError::into_inner).0 = Arc::new(config);
         *lock(&self.idle_unload_usec) = None;
+        self.set_wait_max();
         self.add_configured_models();
         self.touch(ROOT);
         Ok(())
+    }
+
+    fn set_wait_max(&self) {
+        self.queue.set_wait_max(Duration::from_secs(self.config().jobs.wait_max_sec));
     }
 
     /// How long an unused model stays; 0: for ever.

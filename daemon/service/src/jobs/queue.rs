@@ -1,8 +1,11 @@
 //! The one queue: bounded, by priority, fair between clients.
+//!
+//! A job below the highest priority that has waited for `jobs.wait_max_sec` is overdue: it goes next, whatever else
+//! waits. Once it runs, others go first between its steps, one at a time, so that both go on under constant load.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -64,6 +67,8 @@ struct Inner {
     turn: u64,
     control: VecDeque<Control>,
     stopping: bool,
+    /// How long a job waits for those of a higher priority; none: for ever.
+    wait_max: Option<Duration>,
 }
 
 /// Jobs that wait, between the control plane and the worker. No lock is held longer than a look at the list takes.
@@ -96,6 +101,11 @@ impl Queue {
         inner.waiting.push(job);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// How long a job waits for those of a higher priority, from now on; zero: for ever.
+    pub fn set_wait_max(&self, span: Duration) {
+        self.lock().wait_max = (!span.is_zero()).then_some(span);
     }
 
     /// Asks the worker for something in between.
@@ -187,8 +197,13 @@ impl Queue {
 impl Inner {
     fn take(&mut self, eligible: impl Fn(&Job) -> bool) -> Option<Arc<Job>> {
         let served = |job: &Job| self.served.get(&job.owner.client).copied().unwrap_or(0);
+        let now = Instant::now();
         let candidates = self.waiting.iter().enumerate().filter(|(_, job)| eligible(job));
-        let best = candidates.min_by_key(|(at, job)| (std::cmp::Reverse(job.priority), served(job), *at));
+        let best = candidates.min_by_key(|(at, job)| match self.is_overdue(job, now) {
+            // Whoever waits longest.
+            true => (None, 0, *at),
+            false => (Some(std::cmp::Reverse(job.priority)), served(job), *at),
+        });
         let at = best?.0;
         let job = self.waiting.remove(at);
         self.turn += 1;
@@ -200,15 +215,25 @@ impl Inner {
         Some(job)
     }
 
+    fn is_overdue(&self, job: &Job, now: Instant) -> bool {
+        job.priority < Priority::Interactive
+            && self.wait_max.is_some_and(|most| now.saturating_duration_since(job.created) >= most)
+    }
+
     /// The jobs in the order in which [`Self::take`] would give them if none came.
     fn order(&self) -> Vec<Arc<Job>> {
         let mut rounds: BTreeMap<(Priority, &str), u32> = BTreeMap::new();
         let mut keyed: Vec<_> = Vec::with_capacity(self.waiting.len());
+        let now = Instant::now();
         for (at, job) in self.waiting.iter().enumerate() {
+            if self.is_overdue(job, now) {
+                keyed.push(((None, 0, 0, at), job.clone()));
+                continue;
+            }
             let client = job.owner.client.as_str();
             let round = rounds.entry((job.priority, client)).or_default();
             let served = self.served.get(client).copied().unwrap_or(0);
-            keyed.push(((std::cmp::Reverse(job.priority), *round, served, at), job.clone()));
+            keyed.push(((Some(std::cmp::Reverse(job.priority)), *round, served, at), job.clone()));
             *round += 1;
         }
         keyed.sort_by_key(|(key, _)| *key);
@@ -292,5 +317,45 @@ mod tests {
         assert!(queue.next_above(Priority::Normal, |job| job.id != "b").is_none());
         assert_eq!(queue.next_above(Priority::Background, |_| true).unwrap().id, "b");
         assert_eq!(queue.next_above(Priority::Background, |_| true).unwrap().id, "a");
+    }
+
+    #[test]
+    fn one_that_has_waited_too_long_goes_next_and_others_go_in_between() {
+        use Priority::{Background, Interactive, Normal};
+        let queue = Queue::default();
+        let old = |id: &str, priority: Priority, seconds: u64| {
+            let mut job = Arc::into_inner(job(id, id, priority)).unwrap();
+            job.created -= Duration::from_secs(seconds);
+            Arc::new(job)
+        };
+        let fill = || {
+            for job in [
+                old("a", Interactive, 100),
+                old("b", Background, 61),
+                old("c", Interactive, 0),
+                old("d", Normal, 59),
+                old("e", Normal, 60),
+            ] {
+                queue.push(job, LIMITS).unwrap();
+            }
+        };
+        fill();
+        assert_eq!(drain(&queue), "acdeb", "without a limit the priority decides");
+        queue.set_wait_max(Duration::from_secs(60));
+        fill();
+        queue.update_positions();
+        let positions: String =
+            queue.lock().order().iter().map(|j| format!("{}{}", j.id, j.status(|s| s.queue_position))).collect();
+        assert_eq!(positions, "b1e2a3c4d5");
+        let Next::Job(first) = queue.next(Duration::ZERO) else { panic!("nothing comes") };
+        assert_eq!(first.id, "b");
+        // While it runs, the others go in between: e, too, which has become overdue itself.
+        let between: String =
+            std::iter::from_fn(|| queue.next_above(first.priority, |_| true)).map(|j| j.id.clone()).collect();
+        assert_eq!(between, "eacd");
+        queue.set_wait_max(Duration::ZERO);
+        fill();
+        // Of equal priority, the client that was served longest ago.
+        assert_eq!(drain(&queue), "acedb");
     }
 }
