@@ -29,6 +29,8 @@ pub enum Stream {
     Merge = 10,
     /// Pictures drawn for a trainer: the seed of picture `step`.
     Prior = 11,
+    /// Made-up words of training step `step`, which an adapter learns to ignore.
+    Silence = 12,
     /// Anything a test needs.
     Test = 1000,
 }

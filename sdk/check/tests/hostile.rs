@@ -110,8 +110,8 @@ fn refusal(file: &Path) -> String {
 fn what_is_no_plugin_of_this_abi_is_refused_with_the_cure() {
     let cases: &[(&[&str], &str, &str)] = &[
         (&["-DWORD=\"SOMEONE\""], "another program's", "export_plugin!"),
-        (&["-DMAJOR=2"], "built for ABI 2.0, this release has 1.0", "install a newer BlockLoRA"),
-        (&["-DMINOR=1"], "built for ABI 1.1, this release has 1.0", "install a newer BlockLoRA"),
+        (&["-DMAJOR=2"], "built for ABI 2.0, this release has 1.1", "install a newer BlockLoRA"),
+        (&["-DMINOR=2"], "built for ABI 1.2, this release has 1.1", "install a newer BlockLoRA"),
         (&["-DMAJOR=0"], "built for ABI 0.0", "cargo update -p blocklora-sdk"),
         (&["-UTARGET", "-DTARGET=\"sparc-sun-solaris\""], "built for sparc-sun-solaris", "build it for"),
         (&["-DABI_STABLE=\"0.9.0\""], "abi_stable 0.9.0", "rebuild"),

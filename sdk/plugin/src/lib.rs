@@ -34,4 +34,4 @@ pub use serde_json::Value;
 
 /// Version of the ABI that this SDK builds plugins for: (major, minor), counted by itself. A new minor version adds
 /// (older plugins go on loading), a new major one changes.
-pub const ABI_VERSION: (u32, u32) = (1, 0);
+pub const ABI_VERSION: (u32, u32) = (1, 1);

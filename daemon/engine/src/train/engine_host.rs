@@ -33,6 +33,15 @@ pub struct Progress {
 /// What draws pictures for trainers that ask for some.
 pub type PriorSampler = Arc<dyn Sampler>;
 
+/// What a step's prediction is compared with.
+#[derive(Clone, Copy)]
+enum Target {
+    /// The noise (or velocity) that was added.
+    Noise,
+    /// The prediction of the model without the parameters.
+    Base,
+}
+
 /// Runs training steps on a model for one concept's dataset.
 pub struct EngineHost<'a> {
     model: &'a Model,
@@ -156,6 +165,70 @@ impl<'a> EngineHost<'a> {
         };
         Ok((z_t, target))
     }
+
+    /// What the model as it is says of these samples, without a graph.
+    fn base_prediction(
+        &self,
+        noised: &Tensor,
+        timesteps: &[f32],
+        prompts: &[TokenisedPrompt],
+        vectors: &[Tensor],
+    ) -> Result<Tensor> {
+        let vectors: Vec<Tensor> = vectors.iter().map(Tensor::detach).collect();
+        let context = text::encode_with(self.model, prompts, &vectors, &Forward::default())?;
+        self.model.unet().forward(noised, timesteps, &context, &Forward::default())
+    }
+
+    /// The loss against `target` and its gradients.
+    fn step(
+        &mut self,
+        target: Target,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let (mut noised, mut targets, mut weights, mut timesteps, mut prompts) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let [channels, height, width] = self.latent_shape;
+        for sample in batch {
+            let (z, mask) = self.latents(sample)?;
+            let (z_t, target) = self.noised(&z, sample)?;
+            // Each sample's error is averaged over the latent pixels that its picture covers.
+            let counted = mask.iter().sum::<f32>().max(1.0) * channels as f32;
+            let mask: Vec<f32> = mask.iter().map(|m| sample.weight * (m / counted)).collect();
+            weights.push(Tensor::from_vec(mask, (1, 1, height, width), self.device())?);
+            noised.push(z_t);
+            targets.push(target);
+            timesteps.push(sample.timestep as f32);
+            prompts.push(tokenise(self.model, &sample.prompt, parameters.tokens.len())?);
+        }
+        let variables = Variables::new(parameters, masks, self.model.layers(), self.device())?;
+        let vectors: Vec<Tensor> = variables.tokens.iter().map(|t| t.as_tensor().clone()).collect();
+        let with = Forward { adapters: &variables.adapters, recorder: None };
+        let context = text::encode_with(self.model, &prompts, &vectors, &with)?;
+        let noised = Tensor::cat(&noised, 0)?;
+        let targets = match target {
+            Target::Noise => Tensor::cat(&targets, 0)?,
+            Target::Base => self.base_prediction(&noised, &timesteps, &prompts, &vectors)?,
+        };
+        let weights = Tensor::cat(&weights, 0)?;
+        let loss_of = |predicted: &Tensor| {
+            let error = (predicted - &targets)?.sqr()?;
+            Ok((error.broadcast_mul(&weights)?.sum_all()? / batch.len() as f64)?)
+        };
+        let (loss, mut found) =
+            self.model.unet().loss_and_gradients(&noised, &timesteps, &context, &with, &loss_of, self.checkpointing)?;
+        found.follow(&context, variables.all().map(Var::as_tensor))?;
+        gradients.clone_from(parameters);
+        for (out, variable) in gradients.tensors_mut().zip(variables.all()) {
+            match found.get(variable) {
+                Some(gradient) => *out = gradient.flatten_all()?.to_vec1()?,
+                None => out.fill(0.0),
+            }
+        }
+        Ok(loss)
+    }
 }
 
 /// Tokenises a training prompt, in which `{}` stands for a concept of `tokens` tokens.
@@ -262,42 +335,17 @@ impl TrainHost for EngineHost<'_> {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
-        let (mut noised, mut targets, mut weights, mut timesteps, mut prompts) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let [channels, height, width] = self.latent_shape;
-        for sample in batch {
-            let (z, mask) = self.latents(sample)?;
-            let (z_t, target) = self.noised(&z, sample)?;
-            // Each sample's error is averaged over the latent pixels that its picture covers.
-            let counted = mask.iter().sum::<f32>().max(1.0) * channels as f32;
-            let mask: Vec<f32> = mask.iter().map(|m| sample.weight * (m / counted)).collect();
-            weights.push(Tensor::from_vec(mask, (1, 1, height, width), self.device())?);
-            noised.push(z_t);
-            targets.push(target);
-            timesteps.push(sample.timestep as f32);
-            prompts.push(tokenise(self.model, &sample.prompt, parameters.tokens.len())?);
-        }
-        let variables = Variables::new(parameters, masks, self.model.layers(), self.device())?;
-        let vectors: Vec<Tensor> = variables.tokens.iter().map(|t| t.as_tensor().clone()).collect();
-        let with = Forward { adapters: &variables.adapters, recorder: None };
-        let context = text::encode_with(self.model, &prompts, &vectors, &with)?;
-        let (targets, weights) = (Tensor::cat(&targets, 0)?, Tensor::cat(&weights, 0)?);
-        let loss_of = |predicted: &Tensor| {
-            let error = (predicted - &targets)?.sqr()?;
-            Ok((error.broadcast_mul(&weights)?.sum_all()? / batch.len() as f64)?)
-        };
-        let noised = Tensor::cat(&noised, 0)?;
-        let (loss, mut found) =
-            self.model.unet().loss_and_gradients(&noised, &timesteps, &context, &with, &loss_of, self.checkpointing)?;
-        found.follow(&context, variables.all().map(Var::as_tensor))?;
-        gradients.clone_from(parameters);
-        for (out, variable) in gradients.tensors_mut().zip(variables.all()) {
-            match found.get(variable) {
-                Some(gradient) => *out = gradient.flatten_all()?.to_vec1()?,
-                None => out.fill(0.0),
-            }
-        }
-        Ok(loss)
+        self.step(Target::Noise, parameters, masks, batch, gradients)
+    }
+
+    fn drift_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        self.step(Target::Base, parameters, masks, batch, gradients)
     }
 
     fn check_prompt(&self, prompt: &str, tokens: usize) -> Result<()> {

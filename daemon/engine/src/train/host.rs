@@ -172,9 +172,19 @@ pub trait TrainHost {
     /// Draws pictures with the model as it is and puts them behind those that there are; returns their indices. The
     /// job's seed and the request decide every pixel.
     fn generate(&mut self, request: &PictureRequest) -> Result<Range<usize>>;
-    /// 1/N sum of weight * error over the batch, with the mean squared errors (only where pictures cover the canvas) and its gradients, written into
-    /// `gradients` (same shape as `parameters`; resized if needed). Base weights never get gradients.
+    /// 1/N sum of weight * error over the batch, with the mean squared errors (only where pictures cover the canvas),
+    /// and its gradients, written into `gradients` (same shape as `parameters`; resized if needed). Base weights never
+    /// get gradients.
     fn loss_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32>;
+    /// How far `parameters` move the prediction: the same with the prediction of the model as it is, for the same
+    /// prompts and token vectors, in the place of the noise.
+    fn drift_and_gradients(
         &mut self,
         parameters: &Parameters,
         masks: &ErasureMasks,

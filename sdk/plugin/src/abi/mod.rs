@@ -1,4 +1,4 @@
-//! The ABI, version 1.0: how a plugin's library and its host see each other. Authors need none of it, hosts only
+//! The ABI, version 1.1: how a plugin's library and its host see each other. Authors need none of it, hosts only
 //! [`Library`].
 //!
 //! # Rules

@@ -13,7 +13,7 @@ use super::guard::guard;
 use super::host::check_thread;
 use super::job::{Context, JobProxy, RawJob, job_by_field};
 use super::types::*;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::job::Job;
 use crate::merge::Layer;
 use crate::train::{
@@ -40,6 +40,9 @@ pub struct TrainHostTable {
     #[sabi(last_prefix_field)]
     pub step_done:
         extern "C" fn(context: *mut (), state: RawState<'_>, steps: usize, loss: f32) -> RResult<(), RawError>,
+    /// [job] [`TrainHost::drift_and_gradients`]; since 1.1.
+    #[sabi(missing_field(option))]
+    pub drift_and_gradients: extern "C" fn(context: *mut (), step: RawStep<'_>) -> RResult<f32, RawError>,
 }
 
 /// A trainer's host, lent for a call.
@@ -68,6 +71,37 @@ impl<'a> Lent<'a> {
     pub fn new(host: &'a mut dyn TrainHost) -> Self {
         Self { host, thread: std::thread::current().id(), gradients: Parameters::default() }
     }
+
+    /// Checks what the plugin gave, and writes the gradients where it wants them.
+    fn step(&mut self, step: RawStep<'_>, of: Of) -> Result<f32> {
+        let parameters = convert::parameters(&step.parameters);
+        check_parameters(self.host.layers(), &parameters)?;
+        let batch: Vec<Sample> = step.batch.iter().map(convert::sample).collect();
+        let masks: ErasureMasks = step.masks.iter().map(|mask| mask.to_vec()).collect();
+        check_step(self.host.latent_shape(), &parameters, &masks, &batch)?;
+        let value = match of {
+            Of::Loss => self.host.loss_and_gradients(&parameters, &masks, &batch, &mut self.gradients)?,
+            Of::Drift => self.host.drift_and_gradients(&parameters, &masks, &batch, &mut self.gradients)?,
+        };
+        let mut written = step.gradients;
+        if written.len() != self.gradients.tensors().count() {
+            return Err(Error::contract(format!("{} gradients asked for", written.len())));
+        }
+        for (out, gradient) in written.iter_mut().zip(self.gradients.tensors()) {
+            if out.len() != gradient.len() {
+                return Err(Error::contract(format!("a gradient of {} for {} numbers", out.len(), gradient.len())));
+            }
+            out.copy_from_slice(gradient);
+        }
+        Ok(value)
+    }
+}
+
+/// What a step's gradients are of.
+#[derive(Clone, Copy)]
+enum Of {
+    Loss,
+    Drift,
 }
 
 /// The context is a [`Lent`].
@@ -122,6 +156,7 @@ impl Host {
         loss_and_gradients: Self::loss_and_gradients,
         resume: Self::resume,
         step_done: Self::step_done,
+        drift_and_gradients: Self::drift_and_gradients,
     }));
 
     /// # Safety
@@ -149,27 +184,12 @@ impl Host {
         })
     }
     extern "C" fn loss_and_gradients(context: *mut (), step: RawStep<'_>) -> RResult<f32, RawError> {
-        guard(|| {
-            // SAFETY: as above.
-            let lent = unsafe { Self::lent(context)? };
-            let parameters = convert::parameters(&step.parameters);
-            check_parameters(lent.host.layers(), &parameters)?;
-            let batch: Vec<Sample> = step.batch.iter().map(convert::sample).collect();
-            let masks: ErasureMasks = step.masks.iter().map(|mask| mask.to_vec()).collect();
-            check_step(lent.host.latent_shape(), &parameters, &masks, &batch)?;
-            let loss = lent.host.loss_and_gradients(&parameters, &masks, &batch, &mut lent.gradients)?;
-            let mut written = step.gradients;
-            if written.len() != lent.gradients.tensors().count() {
-                return Err(Error::contract(format!("{} gradients asked for", written.len())));
-            }
-            for (out, gradient) in written.iter_mut().zip(lent.gradients.tensors()) {
-                if out.len() != gradient.len() {
-                    return Err(Error::contract(format!("a gradient of {} for {} numbers", out.len(), gradient.len())));
-                }
-                out.copy_from_slice(gradient);
-            }
-            Ok(loss)
-        })
+        // SAFETY: as above.
+        guard(|| unsafe { Self::lent(context)? }.step(step, Of::Loss))
+    }
+    extern "C" fn drift_and_gradients(context: *mut (), step: RawStep<'_>) -> RResult<f32, RawError> {
+        // SAFETY: as above.
+        guard(|| unsafe { Self::lent(context)? }.step(step, Of::Drift))
     }
     extern "C" fn resume(context: *mut ()) -> RResult<ROption<OwnedState>, RawError> {
         // SAFETY: as above.
@@ -225,6 +245,32 @@ impl<'a> Proxy<'a> {
             table: raw.table,
         })
     }
+
+    /// One call of a function that takes a step.
+    fn step(
+        &self,
+        function: extern "C" fn(*mut (), RawStep<'_>) -> RResult<f32, RawError>,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let fits = gradients.tensors().map(Vec::len).eq(parameters.tensors().map(Vec::len));
+        if !fits {
+            gradients.clone_from(parameters);
+        }
+        let (factors, tokens) = (convert::raw_layer_factors(parameters), convert::raw_tokens(parameters));
+        let masks: Vec<RSlice<'_, f32>> = masks.iter().map(|mask| mask.as_slice().into()).collect();
+        let batch = convert::raw_samples(batch);
+        let mut out: Vec<RSliceMut<'_, f32>> = gradients.tensors_mut().map(|t| t.as_mut_slice().into()).collect();
+        let step = RawStep {
+            parameters: RawParameters { factors: factors.as_slice().into(), tokens: tokens.as_slice().into() },
+            masks: masks.as_slice().into(),
+            batch: batch.as_slice().into(),
+            gradients: out.as_mut_slice().into(),
+        };
+        Ok(function(self.context, step).into_result()?)
+    }
 }
 
 impl TrainHost for Proxy<'_> {
@@ -263,21 +309,20 @@ impl TrainHost for Proxy<'_> {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
-        let fits = gradients.tensors().map(Vec::len).eq(parameters.tensors().map(Vec::len));
-        if !fits {
-            gradients.clone_from(parameters);
-        }
-        let (factors, tokens) = (convert::raw_layer_factors(parameters), convert::raw_tokens(parameters));
-        let masks: Vec<RSlice<'_, f32>> = masks.iter().map(|mask| mask.as_slice().into()).collect();
-        let batch = convert::raw_samples(batch);
-        let mut out: Vec<RSliceMut<'_, f32>> = gradients.tensors_mut().map(|t| t.as_mut_slice().into()).collect();
-        let step = RawStep {
-            parameters: RawParameters { factors: factors.as_slice().into(), tokens: tokens.as_slice().into() },
-            masks: masks.as_slice().into(),
-            batch: batch.as_slice().into(),
-            gradients: out.as_mut_slice().into(),
+        self.step(self.table.loss_and_gradients(), parameters, masks, batch, gradients)
+    }
+    fn drift_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let Some(function) = self.table.drift_and_gradients() else {
+            let reason = "this release of BlockLoRA has the ABI 1.0, without drift: install a newer one";
+            return Err(Error::new(Code::NotSupported, reason));
         };
-        Ok(self.table.loss_and_gradients()(self.context, step).into_result()?)
+        self.step(function, parameters, masks, batch, gradients)
     }
     fn resume(&mut self) -> Result<Option<TrainState>> {
         let state = self.table.resume()(self.context).into_result()?;

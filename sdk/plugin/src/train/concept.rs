@@ -12,6 +12,7 @@ use super::adamw::AdamW;
 use super::host::{ErasureMasks, LayerFactors, Parameters, Placement, Sample, TokenFactors, TrainHost, TrainState};
 use super::prior::Prior;
 use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
+use super::silence::with_made_up_words;
 use super::templates;
 use crate::Partition;
 use crate::error::{Error, Result};
@@ -88,7 +89,8 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
     };
     let rates = group_rates(host.layers(), &state.parameters, settings);
     let first_token = state.parameters.factors.len() * 2;
-    let mut gradients = Parameters::default();
+    let class = host.embedding(&host.concept().class_word.clone())?;
+    let (mut gradients, mut of_drift) = (Parameters::default(), Parameters::default());
 
     while state.step < settings.steps {
         let step = state.step;
@@ -97,6 +99,12 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         let loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
         if !loss.is_finite() {
             return Err(Error::not_finite("the loss", loss, step));
+        }
+        if settings.silence.weight > 0.0 {
+            let made_up = with_made_up_words(host, &state.parameters, &class, step);
+            let batch = draw_silent_batch(host, recipe, &prior_pictures, step);
+            host.drift_and_gradients(&made_up, &ErasureMasks::new(), &batch, &mut of_drift)?;
+            add_to_factors(&mut gradients, settings.silence.weight, &of_drift);
         }
         let tokens_are_frozen = tokens_have_grown(&state.parameters.tokens, settings.token_norm_limit);
         let a_is_frozen: Vec<bool> = state.parameters.factors.iter().map(|f| f.a_is_frozen).collect();
@@ -238,7 +246,8 @@ fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture],
     let settings = recipe.settings;
     let captions = host.captions();
     // loss = mean over the concept's + weight * mean over the prior's, where the host divides by the number of both.
-    let weight = if prior.is_empty() { 1.0 } else { 2.0 };
+    let is_learned = prior.iter().any(|picture| picture.weight > 0.0);
+    let weight = if is_learned { 2.0 } else { 1.0 };
     let concept = (0..settings.batch_size).map(|lane| {
         let mut data = host.rng(Stream::Data, step, lane);
         let picture = data.below(captions.len());
@@ -250,14 +259,49 @@ fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture],
         };
         draw_sample(host, settings, step, lane, (picture, placement, prompt, weight))
     });
-    let beside = if prior.is_empty() { 0 } else { settings.batch_size };
+    let beside = if is_learned { settings.batch_size } else { 0 };
     let prior = (settings.batch_size..settings.batch_size + beside).map(|lane| {
         let mut data = host.rng(Stream::Data, step, lane);
         let PriorPicture { index, prompt, weight } = &prior[data.below(prior.len())];
-        let placement = Placement { scale: 1.0, offset: [0.5; 2], flip: false };
-        draw_sample(host, settings, step, lane, (*index, placement, prompt.clone(), 2.0 * weight))
+        draw_sample(host, settings, step, lane, (*index, Placement::WHOLE, prompt.clone(), 2.0 * weight))
     });
     concept.chain(prior).collect()
+}
+
+/// Samples under which the adapter is to be silent: the concept's pictures and the prior's, with prompts that name a
+/// made-up concept, or, for some of the prior's, none.
+fn draw_silent_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture], step: usize) -> Vec<Sample> {
+    let settings = recipe.settings;
+    let captions = host.captions();
+    let draw = |lane: usize| {
+        let mut data = host.rng(Stream::Data, step, lane);
+        let own = data.below(captions.len());
+        let placement = draw_placement(&mut data, &settings.augmentation);
+        let named = match recipe.prompt {
+            Some(prompt) => prompt.to_owned(),
+            None => templates::prompt(&mut data, host.concept().kind, captions[own].as_deref(), settings.templates),
+        };
+        let of_prior = !prior.is_empty() && data.uniform() < 0.5;
+        let (picture, placement, prompt) = match of_prior.then(|| &prior[data.below(prior.len())]) {
+            None => (own, placement, named),
+            Some(PriorPicture { index, prompt, .. }) => {
+                let plain = data.uniform() < 0.5;
+                (*index, Placement::WHOLE, if plain { prompt.clone() } else { named })
+            }
+        };
+        draw_sample(host, settings, step, lane, (picture, placement, prompt, 1.0))
+    };
+    // Lanes behind those of the concept and of the prior.
+    (2 * settings.batch_size..3 * settings.batch_size).map(draw).collect()
+}
+
+/// gradients += weight * more, for the factors; made-up words have nothing to learn.
+fn add_to_factors(gradients: &mut Parameters, weight: f32, more: &Parameters) {
+    for (sum, more) in gradients.factors.iter_mut().zip(&more.factors) {
+        for (sum, more) in [(&mut sum.a, &more.a), (&mut sum.b, &more.b)] {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += weight * more);
+        }
+    }
 }
 
 /// A sample with its random numbers.

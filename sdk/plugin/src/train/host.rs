@@ -113,6 +113,11 @@ pub struct Placement {
     pub flip: bool,
 }
 
+impl Placement {
+    /// The middle of the picture, filling the canvas.
+    pub const WHOLE: Self = Self { scale: 1.0, offset: [0.5; 2], flip: false };
+}
+
 /// One sample of a training batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
@@ -199,6 +204,19 @@ pub trait TrainHost: Job {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32>;
+    /// How far `parameters` move the model's prediction: the loss with the prediction of the model as it is, for the
+    /// same prompts and the same words, in the place of the noise; and its gradients, as
+    /// [`Self::loss_and_gradients`]. Since ABI 1.1; fails with [`Code::NotSupported`] in a host of 1.0.
+    fn drift_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let _ = (parameters, masks, batch, gradients);
+        Err(Error::new(Code::NotSupported, "this host cannot compare with the model as it is (ABI 1.1)"))
+    }
     /// The state to continue from, if the job is resumed; to be asked for once, before the first step.
     fn resume(&mut self) -> Result<Option<TrainState>>;
     /// To be called after every step with the state after it and the step's loss: reports progress and saves the state

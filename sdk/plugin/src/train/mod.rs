@@ -8,6 +8,7 @@ mod host;
 mod prior;
 mod rates;
 mod settings;
+mod silence;
 pub mod templates;
 
 pub use adamw::AdamW;
@@ -18,6 +19,7 @@ pub use host::{
 };
 pub use prior::{Prior, PriorPreservation};
 pub use rates::RateSchedule;
+pub use silence::Silence;
 pub use settings::{
     Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, LearningRates, PartitionSchema, TokenStyle,
     check_partition, check_range,

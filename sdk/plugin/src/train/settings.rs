@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::host::{Concept, TrainPlan};
 use super::prior::PriorPreservation;
 use super::rates::RateSchedule;
+use super::silence::Silence;
 use crate::error::{Error, Result};
 use crate::{Delta, Partition};
 
@@ -177,6 +178,8 @@ pub struct ConceptSettings {
     pub augmentation: Augmentation,
     /// Prior preservation.
     pub prior: PriorPreservation,
+    /// Silence for the words of other concepts.
+    pub silence: Silence,
     /// Steps between two checkpoints.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub checkpoint_every: usize,
@@ -201,6 +204,7 @@ impl Default for ConceptSettings {
             templates: true,
             augmentation: Augmentation::default(),
             prior: PriorPreservation::default(),
+            silence: Silence::default(),
             checkpoint_every: 50,
         }
     }
@@ -228,7 +232,8 @@ impl ConceptSettings {
         check_range("token_norm_limit", self.token_norm_limit, 0.0, 1e4)?;
         check_range("augmentation.fill", self.augmentation.fill, 0.0, 1.0)?;
         check_range("augmentation.min_scale", self.augmentation.min_scale, 0.1, 1.0)?;
-        self.prior.check()
+        self.prior.check()?;
+        self.silence.check()
     }
 
     /// The plan of a method with these settings that names a concept by two tokens, owns every row and erases nothing;

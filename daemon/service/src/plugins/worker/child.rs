@@ -300,6 +300,33 @@ struct RemoteHost<'a> {
 
 crate::plugins::sample::job_by_field!(RemoteHost<'_>);
 
+impl RemoteHost<'_> {
+    /// The loss, or the drift, of a step.
+    fn step(
+        &self,
+        drift: bool,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        let mut payload = Payload::default();
+        let wire = m::put_parameters(parameters, &mut payload);
+        masks.iter().for_each(|mask| payload.put(mask));
+        let batch = batch.iter().map(|sample| m::put_sample(sample, &mut payload)).collect();
+        let (reply, mut answer) =
+            self.job.link.ask(&Call::Loss { drift, parameters: wire, masks: masks.len(), batch }, &payload)?;
+        gradients.clone_from(parameters);
+        for tensor in gradients.tensors_mut() {
+            answer.take_into(tensor).map_err(broken)?;
+        }
+        match reply {
+            Reply::Loss(loss) => Ok(loss),
+            _ => Err(unexpected()),
+        }
+    }
+}
+
 impl TrainHost for RemoteHost<'_> {
     fn concept(&self) -> &Concept {
         &self.concept
@@ -341,20 +368,16 @@ impl TrainHost for RemoteHost<'_> {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
-        let mut payload = Payload::default();
-        let wire = m::put_parameters(parameters, &mut payload);
-        masks.iter().for_each(|mask| payload.put(mask));
-        let batch = batch.iter().map(|sample| m::put_sample(sample, &mut payload)).collect();
-        let (reply, mut answer) =
-            self.job.link.ask(&Call::Loss { parameters: wire, masks: masks.len(), batch }, &payload)?;
-        gradients.clone_from(parameters);
-        for tensor in gradients.tensors_mut() {
-            answer.take_into(tensor).map_err(broken)?;
-        }
-        match reply {
-            Reply::Loss(loss) => Ok(loss),
-            _ => Err(unexpected()),
-        }
+        self.step(false, parameters, masks, batch, gradients)
+    }
+    fn drift_and_gradients(
+        &mut self,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        self.step(true, parameters, masks, batch, gradients)
     }
     fn resume(&mut self) -> Result<Option<TrainState>> {
         match self.job.link.ask(&Call::Resume, &Payload::default())? {

@@ -64,6 +64,8 @@ pub enum Call {
         guidance_scale: f32,
     },
     Loss {
+        /// The drift from the model as it is, not the loss.
+        drift: bool,
         parameters: WireParameters,
         masks: usize,
         batch: Vec<WireSample>,

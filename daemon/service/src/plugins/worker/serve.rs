@@ -133,7 +133,7 @@ fn train(
             let request = PictureRequest { prompt, count, steps, guidance_scale };
             return Ok(Reply::Index(host.generate(&request)?.start));
         }
-        Call::Loss { parameters, masks, batch } => {
+        Call::Loss { drift, parameters, masks, batch } => {
             let parameters = m::take_parameters(parameters, numbers).map_err(broken)?;
             check_parameters(host.layers(), &parameters)?;
             let masks =
@@ -141,7 +141,11 @@ fn train(
             let samples = batch.into_iter().map(|sample| m::take_sample(sample, numbers));
             let batch = samples.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
             blocklora_sdk::train::check_step(host.latent_shape(), &parameters, &masks, &batch)?;
-            let loss = host.loss_and_gradients(&parameters, &masks, &batch, gradients)?;
+            let loss = if drift {
+                host.drift_and_gradients(&parameters, &masks, &batch, gradients)?
+            } else {
+                host.loss_and_gradients(&parameters, &masks, &batch, gradients)?
+            };
             gradients.tensors().for_each(|tensor| out.put(tensor));
             return Ok(Reply::Loss(loss));
         }
