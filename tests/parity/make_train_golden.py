@@ -1,7 +1,8 @@
 """Golden values of the trainers (plugins/train-*): what PyTorch, in f64, makes of the SDK's quadratic problem.
 
 The problem is blocklora_sdk::testing::Quadratic: loss = 1/2 sum over layers |mask * (scale B A - T[rows])|^2
-+ lambda/2 sum over layers |mask * scale B A|^2 (prior preservation) + 1/2 |tokens - 1|^2. Gradients are autograd's, the
++ lambda/2 sum over layers |mask * scale B A|^2 (prior preservation) + mu/2 sum over layers |scale B A|^2 (silence)
++ 1/2 |tokens - 1|^2. Gradients are autograd's, the
 optimiser is torch.optim.AdamW; only the random numbers are made as the engine does (philox.py).
 Usage: make_train_golden.py tests/golden/train.json
 """
@@ -48,7 +49,7 @@ def random_rows(layer, rank):
 
 
 def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True, scale=1.0, rows=range(M), token_layers=3,
-          first_word=None, token_norm_limit=0.0, erasure=0.0, prior_weight=0.0):
+          first_word=None, token_norm_limit=0.0, erasure=0.0, prior_weight=0.0, silence=0.0):
     rows = list(rows)
     parameter = lambda values, moves=True: torch.tensor(np.array(values), dtype=torch.float64, requires_grad=moves)
     factors = {layer: (parameter(start_a(layer, rank), a_moves), parameter(np.zeros((len(rows), rank)))) for layer in layers}
@@ -72,7 +73,7 @@ def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True,
                 mask = torch.tensor((drawn >= np.float32(erasure)).astype(np.float64))
             mask, change = mask[rows, None], scale * b @ a
             loss = loss + ((mask * (change - TARGET[rows])) ** 2).sum() / 2
-            loss = loss + prior_weight * ((mask * change) ** 2).sum() / 2
+            loss = loss + prior_weight * ((mask * change) ** 2).sum() / 2 + silence * (change**2).sum() / 2
         loss.backward()
         losses.append(loss.item())
         norms = torch.cat([t.detach().norm(dim=1) for t in tokens])
@@ -96,6 +97,8 @@ def main(path):
     runs = {
         "ed-lora": train(40, 2, attention, rates, "linear", scale=0.7, token_norm_limit=0.55),
         "blocklora": train(40, 2, attention, rates, "cosine", rows=range(1, M, 4), token_layers=1, erasure=0.3),
+        "blocklora silence=0.5": train(40, 2, attention, rates, "cosine", rows=range(1, M, 4), token_layers=1, erasure=0.3,
+                                       silence=0.5),
         "dreambooth-lora": train(**dreambooth),
         "dreambooth-lora prior=1": train(**dreambooth, prior_weight=1.0),
         "dreambooth-lora prior=0.25": train(**dreambooth, prior_weight=0.25),

@@ -164,3 +164,21 @@ fn the_bench_of_a_step_says_time_and_memory() {
     }
     assert!(said["blocklora"]["parameters"].as_u64() < said["ed-lora"]["parameters"].as_u64());
 }
+
+#[test]
+fn silence_is_learned_alike_in_a_worker() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, &format!("{SETTINGS}[silence]\nweight = 2.0\n"));
+    let trained = |output: &str, isolation: &str| {
+        let mut command = common::command();
+        command.args(train(output, &["--slot", "0"])).env("BLOCKLORA_PLUGIN_ISOLATION", isolation).current_dir(path);
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        std::fs::read(path.join(output)).unwrap()
+    };
+    let silent = trained("silent.st", "in-process");
+    assert!(silent == trained("worker.st", "worker"), "a worker trained another file");
+    std::fs::write(path.join("settings.toml"), SETTINGS).unwrap();
+    assert!(silent != trained("loud.st", "in-process"), "the setting changed nothing");
+}

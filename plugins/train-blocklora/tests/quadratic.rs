@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use blocklora_sdk::testing::Quadratic;
-use blocklora_sdk::train::{ConceptSettings, Erasure, LearningRates, TokenFactors, Trainer};
+use blocklora_sdk::train::{
+    ConceptSettings, Erasure, LearningRates, PriorPreservation, Silence, TokenFactors, TrainHost, Trainer,
+};
 use blocklora_sdk::{Config, Partition, Scheme, resolve};
 use train_blocklora::Blocklora;
 
@@ -50,6 +52,28 @@ fn reaches_the_optimum_on_its_own_rows() {
     assert_eq!(plan.partition, partition(2));
     assert_eq!(plan.tokens, parameters.tokens.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
     assert!(parameters.factors.iter().all(|f| f.scale == plan.scale() && f.rank == plan.rank));
+}
+
+#[test]
+fn silence_is_asked_for_with_other_words_and_moves_no_word() {
+    let prior = PriorPreservation { enabled: true, weight: 0.0, pictures: 4, ..PriorPreservation::default() };
+    let settings = ConceptSettings { steps: 60, prior, silence: Silence { weight: 2.0 }, ..settings() };
+    let words = |settings: &ConceptSettings| {
+        let mut host = Quadratic::new();
+        let trainer = Blocklora { settings: settings.clone(), partition: partition(1), erasure: NO_ERASURE };
+        (trainer.train(&mut host).unwrap().tokens, host)
+    };
+    let (learned, host) = words(&settings);
+    let (alone, _) = words(&ConceptSettings { silence: Silence::default(), ..settings.clone() });
+    assert_eq!(learned, alone, "a made-up word taught the concept's own");
+    let (silent, concept): (Vec<_>, Vec<_>) = host.batches.iter().enumerate().partition(|(i, _)| i % 2 == 1);
+    assert_eq!((silent.len(), concept.len()), (60, 60));
+    let own = host.embedding("cat").unwrap();
+    assert!(host.drift_words.iter().all(|words| words != &learned && words[1].values[..2] != own[..]));
+    assert!(host.drift_words.windows(2).all(|pair| pair[0] != pair[1]), "every step makes up new words");
+    let samples = || silent.iter().flat_map(|(_, batch)| batch.iter());
+    assert!(samples().any(|s| s.prompt.contains("{}")) && samples().any(|s| !s.prompt.contains("{}")));
+    assert!(concept.iter().all(|(_, batch)| batch.len() == 1), "a prior of weight 0 is not learned");
 }
 
 #[test]

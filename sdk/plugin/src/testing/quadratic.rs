@@ -6,7 +6,7 @@ use super::job::{TestJob, delegate_job};
 use crate::Kind;
 use crate::error::{Error, Result};
 use crate::merge::Layer;
-use crate::train::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState};
+use crate::train::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TokenFactors, TrainHost, TrainState};
 
 /// loss = 1/N sum_i weight_i error_i + 1/2 |tokens - 1|^2, where the error of a sample is 1/2 sum over layers
 /// |mask * (scale B A - T\[rows\])|^2 for a picture of the concept, and the same with zeros for T for a picture that was
@@ -34,6 +34,8 @@ pub struct Quadratic {
     pub seen_masks: Vec<f32>,
     /// Every batch seen.
     pub batches: Vec<Vec<Sample>>,
+    /// The words of every drift asked for.
+    pub drift_words: Vec<Vec<TokenFactors>>,
     /// The loss of every step.
     pub losses: Vec<f32>,
 }
@@ -69,6 +71,7 @@ impl Quadratic {
             saved: None,
             seen_masks: Vec::new(),
             batches: Vec::new(),
+            drift_words: Vec::new(),
             losses: Vec::new(),
         }
     }
@@ -160,6 +163,7 @@ impl TrainHost for Quadratic {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
+        self.drift_words.push(parameters.tokens.clone());
         let of_class = |s: &Sample| Sample { picture: self.captions.len(), ..s.clone() };
         let batch: Vec<Sample> = batch.iter().map(of_class).collect();
         let drawn = std::mem::replace(&mut self.drawn, 1);

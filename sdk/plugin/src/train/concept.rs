@@ -96,15 +96,16 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         let step = state.step;
         let batch = draw_batch(host, recipe, &prior_pictures, step);
         let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
-        let loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
-        if !loss.is_finite() {
-            return Err(Error::not_finite("the loss", loss, step));
-        }
+        let mut loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
         if settings.silence.weight > 0.0 {
             let made_up = with_made_up_words(host, &state.parameters, &class, step);
             let batch = draw_silent_batch(host, recipe, &prior_pictures, step);
-            host.drift_and_gradients(&made_up, &ErasureMasks::new(), &batch, &mut of_drift)?;
+            let drift = host.drift_and_gradients(&made_up, &ErasureMasks::new(), &batch, &mut of_drift)?;
+            loss += settings.silence.weight * drift;
             add_to_factors(&mut gradients, settings.silence.weight, &of_drift);
+        }
+        if !loss.is_finite() {
+            return Err(Error::not_finite("the loss", loss, step));
         }
         let tokens_are_frozen = tokens_have_grown(&state.parameters.tokens, settings.token_norm_limit);
         let a_is_frozen: Vec<bool> = state.parameters.factors.iter().map(|f| f.a_is_frozen).collect();

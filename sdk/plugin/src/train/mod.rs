@@ -19,11 +19,11 @@ pub use host::{
 };
 pub use prior::{Prior, PriorPreservation};
 pub use rates::RateSchedule;
-pub use silence::Silence;
 pub use settings::{
     Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, LearningRates, PartitionSchema, TokenStyle,
     check_partition, check_range,
 };
+pub use silence::Silence;
 
 use crate::config::Config;
 use crate::error::Result;

@@ -37,7 +37,12 @@ impl Silence {
 /// words have.
 ///
 /// The first word says who it is and has little of the vocabulary in it; the second has grown out of a class word.
-pub(super) fn with_made_up_words(host: &dyn TrainHost, parameters: &Parameters, class: &[f32], step: usize) -> Parameters {
+pub(super) fn with_made_up_words(
+    host: &dyn TrainHost,
+    parameters: &Parameters,
+    class: &[f32],
+    step: usize,
+) -> Parameters {
     let mut made_up = parameters.clone();
     for (index, token) in made_up.tokens.iter_mut().enumerate() {
         let mut rng = host.rng(Stream::Silence, step, index);
