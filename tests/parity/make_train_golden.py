@@ -1,8 +1,8 @@
 """Golden values of the trainers (plugins/train-*): what PyTorch, in f64, makes of the SDK's quadratic problem.
 
 The problem is blocklora_sdk::testing::Quadratic: loss = 1/2 sum over layers |mask * (scale B A - T[rows])|^2
-+ lambda/2 sum over layers |mask * scale B A|^2 (prior preservation) + mu/2 sum over layers |scale B A|^2 (silence)
-+ 1/2 |tokens - 1|^2. Gradients are autograd's, the
++ lambda/2 sum over layers |mask * scale B A|^2 (prior preservation) + mu/2 sum over layers |mask' * scale B A|^2 (silence,
+with the erasure of its own) + 1/2 |tokens - 1|^2. Gradients are autograd's, the
 optimiser is torch.optim.AdamW; only the random numbers are made as the engine does (philox.py).
 Usage: make_train_golden.py tests/golden/train.json
 """
@@ -49,7 +49,7 @@ def random_rows(layer, rank):
 
 
 def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True, scale=1.0, rows=range(M), token_layers=3,
-          first_word=None, token_norm_limit=0.0, erasure=0.0, prior_weight=0.0, silence=0.0):
+          first_word=None, token_norm_limit=0.0, erasure=0.0, prior_weight=0.0, silence=0.0, silence_erasure=0.5):
     rows = list(rows)
     parameter = lambda values, moves=True: torch.tensor(np.array(values), dtype=torch.float64, requires_grad=moves)
     factors = {layer: (parameter(start_a(layer, rank), a_moves), parameter(np.zeros((len(rows), rank)))) for layer in layers}
@@ -67,13 +67,11 @@ def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True,
         optimiser.zero_grad()
         loss = sum(((t - 1) ** 2).sum() / 2 for t in tokens)
         for layer, (a, b) in factors.items():
-            mask = torch.ones(M, dtype=torch.float64)
-            if erasure:
-                drawn = philox.uniforms(SEED, philox.ERASURE, step, layer, M)
-                mask = torch.tensor((drawn >= np.float32(erasure)).astype(np.float64))
-            mask, change = mask[rows, None], scale * b @ a
+            drawn = philox.uniforms(SEED, philox.ERASURE, step, layer, M)[rows, None]
+            mask, silent_mask = (torch.tensor((drawn >= np.float32(e)).astype(np.float64)) for e in (erasure, silence_erasure))
+            change = scale * b @ a
             loss = loss + ((mask * (change - TARGET[rows])) ** 2).sum() / 2
-            loss = loss + prior_weight * ((mask * change) ** 2).sum() / 2 + silence * (change**2).sum() / 2
+            loss = loss + prior_weight * ((mask * change) ** 2).sum() / 2 + silence * ((silent_mask * change) ** 2).sum() / 2
         loss.backward()
         losses.append(loss.item())
         norms = torch.cat([t.detach().norm(dim=1) for t in tokens])

@@ -18,7 +18,7 @@ fn check(name: &str, silence: f32) -> Quadratic {
         schedule: RateSchedule::Cosine,
         tokens: TokenStyle::Plain,
         token_norm_limit: 0.0,
-        silence: Silence { weight: silence },
+        silence: Silence { weight: silence, ..Silence::default() },
         ..ConceptSettings::default()
     };
     let partition = Some(Partition { scheme: Scheme::Strided, capacity: 4, seed: 0, slot: 1 });

@@ -100,7 +100,9 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         if settings.silence.weight > 0.0 {
             let made_up = with_made_up_words(host, &state.parameters, &class, step);
             let batch = draw_silent_batch(host, recipe, &prior_pictures, step);
-            let drift = host.drift_and_gradients(&made_up, &ErasureMasks::new(), &batch, &mut of_drift)?;
+            let erasure = Erasure { lambda: settings.silence.erasure, scope: ErasureScope::Sample, rescale: false };
+            let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), step);
+            let drift = host.drift_and_gradients(&made_up, &masks, &batch, &mut of_drift)?;
             loss += settings.silence.weight * drift;
             add_to_factors(&mut gradients, settings.silence.weight, &of_drift);
         }

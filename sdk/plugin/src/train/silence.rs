@@ -18,18 +18,29 @@ use crate::error::Result;
 use crate::rng::{Rng, Stream};
 
 /// Teaches the adapter's rows to be silent where another concept is named.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Silence {
     /// The loss is the concept's plus weight times the drift under made-up words; 0: none.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub weight: f32,
+    /// The probability with which an output of the change is erased while it is to be silent. Without erasure rows learn
+    /// to cancel each other, and do so no longer once the rows of other adapters are there, too.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    pub erasure: f32,
+}
+
+impl Default for Silence {
+    fn default() -> Self {
+        Self { weight: 0.0, erasure: 0.5 }
+    }
 }
 
 impl Silence {
-    /// Checks its range.
+    /// Checks every range.
     pub fn check(&self) -> Result<()> {
-        check_range("silence.weight", self.weight, 0.0, 1000.0)
+        check_range("silence.weight", self.weight, 0.0, 1000.0)?;
+        check_range("silence.erasure", self.erasure, 0.0, 0.99)
     }
 }
 
