@@ -57,7 +57,8 @@ fn reaches_the_optimum_on_its_own_rows() {
 #[test]
 fn silence_is_asked_for_with_other_words_and_moves_no_word() {
     let prior = PriorPreservation { enabled: true, weight: 0.0, pictures: 4, ..PriorPreservation::default() };
-    let settings = ConceptSettings { steps: 60, prior, silence: Silence { weight: 2.0, ..Silence::default() }, ..settings() };
+    let settings =
+        ConceptSettings { steps: 60, prior, silence: Silence { weight: 2.0, ..Silence::default() }, ..settings() };
     let words = |settings: &ConceptSettings| {
         let mut host = Quadratic::new();
         let trainer = Blocklora { settings: settings.clone(), partition: partition(1), erasure: NO_ERASURE };

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use abi_stable::library::{LibraryError, RawLibrary, lib_header_from_raw_library};
+use abi_stable::StableAbi;
+use abi_stable::abi_stability::check_layout_compatibility;
+use abi_stable::library::{LibHeader, LibraryError, RawLibrary, lib_header_from_raw_library};
 use abi_stable::std_types::ROption;
 
 use super::instance::RawInstance;
@@ -65,7 +67,7 @@ impl Library {
         // SAFETY: the library is never closed, see below.
         let header = unsafe { lib_header_from_raw_library(&library) }
             .map_err(|e| Refusal(format!("its root is not readable ({}): {REBUILD}", one_line(&e))))?;
-        let root = header.init_root_module::<PluginRootRef>().map_err(|e| Refusal(bad_layout(&e)))?;
+        let root = checked_root(header)?;
         // Code of the library may be running from now on.
         std::mem::forget(library);
         if root.name().as_str() != name {
@@ -182,6 +184,22 @@ fn check_magic(magic: &Magic) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// The root of a library after a check of every layout that it reaches.
+///
+/// A plugin is never newer than its host, which the magic block has said, so that only the host's tables may have grown.
+/// Therefore what the plugin was built with is what is expected here, and must be found in what the host has. (abi_stable
+/// checks the other way round, for libraries newer than their users.)
+fn checked_root(header: &'static LibHeader) -> Result<PluginRootRef, Refusal> {
+    let layout = header.layout().ok_or_else(|| Refusal(format!("it hides the layout of its data: {REBUILD}")))?;
+    // abi_stable explains a mismatch in pages, of which an author gets no more than of this line.
+    check_layout_compatibility(layout, PluginRootRef::LAYOUT).into_result().map_err(|_| {
+        Refusal(format!("the layout of its data differs from the ABI's, whatever its version says: {REBUILD}"))
+    })?;
+    // SAFETY: the layouts have been compared.
+    unsafe { header.init_root_module_with_unchecked_layout::<PluginRootRef>() }
+        .map_err(|e| Refusal(format!("its root does not start ({}): {REBUILD}", one_line(&e))))
+}
+
 fn one_line(error: &dyn std::fmt::Display) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -195,14 +213,4 @@ fn reason(error: &LibraryError) -> String {
 
 fn not_loadable(reason: &str) -> String {
     format!("not a library that this machine can load ({reason}): build it for this machine, or copy it again whole")
-}
-
-/// abi_stable explains a mismatch in pages; the author sees them by `blocklora plugin check`.
-fn bad_layout(error: &LibraryError) -> String {
-    match error {
-        LibraryError::AbiInstability(_) => {
-            format!("the layout of its data differs from the ABI's, whatever its version says: {REBUILD}")
-        }
-        other => format!("its root does not start ({}): {REBUILD}", one_line(other)),
-    }
 }

@@ -5,7 +5,7 @@
 //! * **Version.** [`ABI_VERSION`](crate::ABI_VERSION) has its own count. Minor: functions are appended to tables, behind
 //!   `last_prefix_field`, and found missing in older plugins. Major: anything else. `layout.golden` pins version 1.
 //! * **Order.** The magic block first (plain bytes, from a C function), then abi_stable's check of the layout of every
-//!   type that crosses, then use.
+//!   type that crosses (all that the plugin knows must be in what the host has), then use.
 //! * **Ownership.** `RSlice`, `RStr` and `Raw*` with a lifetime are lent for the call. `RVec`, `RString` and `Owned*`
 //!   are given to whoever receives them, and carry the allocator that made them. Instances are the host's from `create`
 //!   to `destroy`.
