@@ -259,7 +259,7 @@ fn what_is_no_plugin_of_this_abi_is_refused() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../sdk/check/tests/refused.c");
     for (definition, says, cure) in [
         ("-DWORD=\"SOMEONE\"", "another program's", "export_plugin!"),
-        ("-DMAJOR=2", "built for ABI 2.0, this release has 1.0", "install a newer BlockLoRA"),
+        ("-DMAJOR=2", "built for ABI 2.0, this release has 1.1", "install a newer BlockLoRA"),
         ("-DMINOR=99", "built for ABI 1.99, this release has 1.", "install a newer BlockLoRA"),
         ("-DMAJOR=0", "built for ABI 0.0", "cargo update -p blocklora-sdk"),
         ("-DABI_STABLE=\"0.9.0\"", "abi_stable 0.9.0", "rebuild"),

@@ -1,7 +1,8 @@
 //! The connection to a daemon, and what can be asked of it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use zbus::{Connection, ObjectPath, OwnedObjectPath};
 use crate::adapter::Adapter;
 use crate::composition::Composition;
 use crate::error::{Error, ErrorKind, Result};
-use crate::job::Job;
+use crate::job::{FILES_PER_CALL, Job};
+use crate::memfd;
 use crate::model::Model;
 use crate::place::Place;
 use crate::plugin::Plugin;
@@ -165,9 +167,16 @@ impl Client {
         pictures: &[File],
         request: &Train,
     ) -> Result<Job<Trained>> {
-        let data: Vec<zbus::Fd<'_>> = pictures.iter().map(zbus::Fd::from).collect();
+        let (joined, mut options) = (join(pictures)?, request.options());
+        let data: Vec<zbus::Fd<'_>> = match &joined {
+            None => pictures.iter().map(zbus::Fd::from).collect(),
+            Some((file, lengths)) => {
+                options.extend(Options::new().with("lengths", lengths.clone()).into_dict());
+                vec![file.into()]
+            }
+        };
         let config = dict_of_json(config)?;
-        let path = self.manager().await?.train(plugin, &config, &data, &request.options()).await?;
+        let path = self.manager().await?.train(plugin, &config, &data, &options).await?;
         self.job(path).await
     }
 
@@ -346,4 +355,19 @@ async fn open(place: &Place) -> Result<Connection> {
         Ok(connection) => connection.map_err(|e| not_running(e.to_string())),
         Err(_) => Err(not_running("the other side does not answer".into())),
     }
+}
+
+/// More pictures than a message on a system bus carries as files, as one memory file and the length of each.
+fn join(pictures: &[File]) -> Result<Option<(OwnedFd, Vec<u64>)>> {
+    if pictures.len() <= FILES_PER_CALL {
+        return Ok(None);
+    }
+    let (mut bytes, mut lengths) = (Vec::new(), Vec::with_capacity(pictures.len()));
+    for (index, mut picture) in pictures.iter().enumerate() {
+        let unreadable = |e: std::io::Error| Error::io(format!("pictures[{index}]"), e);
+        picture.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        lengths.push(picture.read_to_end(&mut bytes).map_err(unreadable)? as u64);
+    }
+    let file = memfd::sealed("pictures", &bytes).map_err(|e| Error::io("memory file of pictures", e))?;
+    Ok(Some((file, lengths)))
 }

@@ -21,8 +21,8 @@ use crate::proxies::{Dict, JobProxy};
 use crate::results::ResultFile;
 use crate::value::{self, Options, object_of};
 
-/// The daemon gives so many files in one answer; fewer are the last.
-const FILES_PER_CALL: usize = 16;
+/// Files of one message, as many as a system bus carries. The daemon gives so many in one answer; fewer are the last.
+pub(crate) const FILES_PER_CALL: usize = 16;
 
 const INTERFACE: &str = "org.blocklora.Daemon1.Job";
 

@@ -187,7 +187,7 @@ async fn trains(client: &Client, name: &str) {
     let photos = folder.read_dir().unwrap().map(|e| e.unwrap().path()).find(|p| p.is_dir()).unwrap();
     let picture = photos.read_dir().unwrap().map(|e| e.unwrap().path());
     let picture = picture.into_iter().find(|p| p.extension().is_some_and(|e| e == "png" || e == "jpg")).unwrap();
-    let pictures = [File::open(picture).unwrap()];
+    let pictures = [File::open(&picture).unwrap()];
     let config = json!({ "steps": 2, "batch_size": 1, "rank": 2, "learning_rate": { "unet": 1e-4 } });
     let request = Train { seed: Some(1), ..Train::new(name, "dog") };
     let job = client.train("blocklora", config.as_object().unwrap(), &pictures, &request).await.unwrap();
@@ -196,6 +196,16 @@ async fn trains(client: &Client, name: &str) {
     let file = job.take_results(false).await.unwrap().remove(0);
     assert!(file.media_type == "application/vnd.safetensors" && file.bytes.len() > 1000);
     client.open_adapter(name).await.unwrap().unregister(true).await.unwrap();
+    // More pictures than a message on a bus carries as files; the last is none, which is said with its number.
+    let mut many: Vec<File> = (0..20).map(|_| File::open(&picture).unwrap()).collect();
+    let captions = (0..20).map(|i| format!("a {{c}} number {i}")).collect();
+    let twenty = Train { captions, ..request.clone() };
+    let job = client.train("blocklora", config.as_object().unwrap(), &many, &twenty).await.unwrap();
+    assert_eq!(job.wait().await.unwrap().steps, 2);
+    client.open_adapter(name).await.unwrap().unregister(true).await.unwrap();
+    many[19] = File::open(root().join("README.md")).unwrap();
+    let error = client.train("blocklora", config.as_object().unwrap(), &many, &twenty).await.unwrap_err();
+    assert!(error.kind() == Some(ErrorKind::InvalidOption) && error.to_string().contains("picture 19"), "{error}");
     let wrong = json!({ "stepz": 2 });
     let error = client.train("blocklora", wrong.as_object().unwrap(), &pictures, &request).await.unwrap_err();
     assert!(error.kind() == Some(ErrorKind::InvalidOption) && error.to_string().contains("stepz"), "{error}");

@@ -44,7 +44,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
     let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
     let kind = kind_from_name(&kind).ok_or_else(unknown)?;
-    let captions = options.strings("captions")?;
+    let (captions, lengths) = (options.strings("captions")?, options.u64s("lengths")?);
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
     let in_slots = {
         let plugin = plugin.clone();
@@ -59,12 +59,17 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let seed = options.u64("seed")?.unwrap_or(0);
     let (licence, created) = (options.string("licence")?, options.string("created")?);
     options.finish()?;
-    if data.is_empty() || data.len() > PICTURES_MAX {
-        return Err(Error::option(format!("data: {} pictures; 1 to {PICTURES_MAX} are needed", data.len())).into());
+    if lengths.is_some() && data.len() != 1 {
+        let reason = format!("option \"lengths\": data has {} files, not the one that holds all pictures", data.len());
+        return Err(Error::option(reason).into());
     }
-    let captions = captions.unwrap_or_else(|| vec![String::new(); data.len()]);
-    if captions.len() != data.len() {
-        let message = format!("option \"captions\": {} for {} pictures; give one for each", captions.len(), data.len());
+    let count = lengths.as_ref().map_or(data.len(), Vec::len);
+    if count == 0 || count > PICTURES_MAX {
+        return Err(Error::option(format!("data: {count} pictures; 1 to {PICTURES_MAX} are needed")).into());
+    }
+    let captions = captions.unwrap_or_else(|| vec![String::new(); count]);
+    if captions.len() != count {
+        let message = format!("option \"captions\": {} for {count} pictures; give one for each", captions.len());
         return Err(Error::option(message).into());
     }
     call.daemon.model(&model)?;
@@ -78,7 +83,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
             daemon.methods.trainer(&plugin, &config, tried)?.plan(&concept)?;
             let id = daemon.new_id();
             let folder = daemon.catalogue.folder().join("jobs").join(&id);
-            let pictures = store_pictures(daemon, &folder, &data, &captions);
+            let pictures = store_pictures(daemon, &folder, &data, lengths.as_deref(), &captions);
             let work = pictures.and_then(|pictures| {
                 let (partition, lease) = take_rows(daemon, rows, &model, &name, uid)?;
                 Ok(Train {
@@ -170,20 +175,37 @@ fn store_pictures(
     daemon: &Daemon,
     folder: &Path,
     data: &[OwnedFd],
+    lengths: Option<&[u64]>,
     captions: &[String],
 ) -> Result<Vec<(String, Option<String>)>> {
     let io = |e: std::io::Error| Error::io(folder.display(), &e);
     std::fs::create_dir_all(folder).map_err(io)?;
     let mut left = daemon.config().limits.training_data_bytes_max;
+    let joined = match (lengths, data) {
+        (Some(lengths), [joined]) => Some((read_client_file(joined, left, "data[0]")?, lengths)),
+        _ => None,
+    };
+    let mut rest = match &joined {
+        Some((bytes, lengths)) => parts(bytes, lengths)?.into_iter(),
+        None => Vec::new().into_iter(),
+    };
     let mut pictures = Vec::new();
-    for (index, (fd, caption)) in data.iter().zip(captions).enumerate() {
-        let what = format!("data[{index}]");
-        let bytes = read_client_file(fd, left, &what)?;
-        left -= bytes.len() as u64;
+    for (index, caption) in captions.iter().enumerate() {
+        let what = if joined.is_some() { format!("data[0], picture {index}") } else { format!("data[{index}]") };
+        let read;
+        let bytes = match (rest.next(), data.get(index)) {
+            (Some(bytes), _) => bytes,
+            (None, Some(fd)) => {
+                read = read_client_file(fd, left, &what)?;
+                left -= read.len() as u64;
+                &read
+            }
+            (None, None) => return Err(Error::option(format!("{what}: is missing"))),
+        };
         let name = format!("{index:05}");
         let path = folder.join(&name);
         let mut file = File::create(&path).map_err(io)?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io)?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
         // A picture that cannot be read is said now.
         let checked = blocklora_engine::image::Picture::load(&path);
         checked.map_err(|e| Error::option(e.to_string().replace(&path.display().to_string(), &what)))?;
@@ -191,6 +213,22 @@ fn store_pictures(
     }
     File::open(folder).and_then(|f| f.sync_all()).map_err(io)?;
     Ok(pictures)
+}
+
+/// `bytes` cut into pieces of these lengths, which must make up all of it.
+fn parts<'a>(bytes: &'a [u8], lengths: &[u64]) -> Result<Vec<&'a [u8]>> {
+    let all = lengths.iter().try_fold(0u64, |all, length| all.checked_add(*length));
+    if all != Some(bytes.len() as u64) {
+        let all = all.map_or_else(|| "more than there can be".to_owned(), |all| all.to_string());
+        return Err(Error::option(format!("option \"lengths\": {all} bytes in all, but data[0] has {}", bytes.len())));
+    }
+    let mut rest = bytes;
+    let cut = |length: &u64| {
+        let (part, behind) = rest.split_at(*length as usize);
+        rest = behind;
+        part
+    };
+    Ok(lengths.iter().map(cut).collect())
 }
 
 impl Daemon {
@@ -204,5 +242,20 @@ impl Daemon {
             timeout: None,
         };
         self.submit_as(id, &ticket, Work::Train(Box::new(work)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn joined_pictures_are_cut_only_where_they_fit() {
+        assert_eq!(parts(b"abcde", &[2, 0, 3]).unwrap(), [&b"ab"[..], b"", b"cde"]);
+        for wrong in [&[2, 2][..], &[6], &[u64::MAX, 6], &[]] {
+            let error = parts(b"abcde", wrong).unwrap_err().to_string();
+            assert!(error.contains("lengths") && error.contains("data[0] has 5"), "{error}");
+        }
     }
 }

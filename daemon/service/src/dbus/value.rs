@@ -96,6 +96,17 @@ impl Options {
         array.inner().iter().map(string).collect::<Result<_>>().map(Some)
     }
 
+    /// A list of 64-bit numbers.
+    pub fn u64s(&mut self, key: &str) -> Result<Option<Vec<u64>>> {
+        let Some(found) = self.map.remove(key) else { return Ok(None) };
+        let Variant::Array(array) = plain(&found) else { return Err(wrong_type(key, "at", &found)) };
+        let number = |value: &Variant| match plain(value) {
+            Variant::U64(number) => Ok(*number),
+            other => Err(wrong_type(key, "at", other)),
+        };
+        array.inner().iter().map(number).collect::<Result<_>>().map(Some)
+    }
+
     /// A dictionary as a JSON object.
     pub fn object(&mut self, key: &str) -> Result<Option<Map<String, Value>>> {
         let Some(found) = self.map.remove(key) else { return Ok(None) };
