@@ -171,14 +171,18 @@ async fn memory_stays_flat() {
     memory.assert_flat();
 }
 
-/// Two clients that always have a picture in the queue, until they are told to stop.
+/// Two clients that always have pictures in the queue, until they are told to stop.
 async fn endless_pictures(daemon: &Daemon, stop: &Arc<AtomicBool>) -> Vec<tokio::task::JoinHandle<usize>> {
     let mut tasks = Vec::new();
     for seed in 0..2 {
         let (client, stop) = (daemon.client().await, stop.clone());
         tasks.push(tokio::spawn(async move {
             let draw = async || client.generate("/", stub::picture("a dog", seed, 2), Dict::new()).await.unwrap();
-            let (mut waiting, mut drawn) = (VecDeque::from([draw().await]), 0);
+            // So many that the queue is never empty, however fast a picture is drawn.
+            let (mut waiting, mut drawn) = (VecDeque::new(), 0);
+            for _ in 0..6 {
+                waiting.push_back(draw().await);
+            }
             while !stop.load(Ordering::Relaxed) {
                 waiting.push_back(draw().await);
                 let first = waiting.pop_front().unwrap();
