@@ -12,7 +12,7 @@ use super::adamw::AdamW;
 use super::host::{ErasureMasks, LayerFactors, Parameters, Placement, Sample, TokenFactors, TrainHost, TrainState};
 use super::prior::Prior;
 use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
-use super::silence::with_made_up_words;
+use super::silence::{norm, with_made_up_words};
 use super::templates;
 use crate::Partition;
 use crate::error::{Error, Result};
@@ -89,7 +89,8 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
     };
     let rates = group_rates(host.layers(), &state.parameters, settings);
     let first_token = state.parameters.factors.len() * 2;
-    let class = host.embedding(&host.concept().class_word.clone())?;
+    let is_silent = settings.silence.weight > 0.0;
+    let class = is_silent.then(|| host.embedding(&host.concept().class_word)).transpose()?;
     let (mut gradients, mut of_drift) = (Parameters::default(), Parameters::default());
 
     while state.step < settings.steps {
@@ -97,8 +98,8 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         let batch = draw_batch(host, recipe, &prior_pictures, step);
         let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
         let mut loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
-        if settings.silence.weight > 0.0 {
-            let made_up = with_made_up_words(host, &state.parameters, &class, step);
+        if let Some(class) = &class {
+            let made_up = with_made_up_words(host, &state.parameters, class, step);
             let batch = draw_silent_batch(host, recipe, &prior_pictures, step);
             let erasure = Erasure { lambda: settings.silence.erasure, scope: ErasureScope::Sample, rescale: false };
             let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), step);
@@ -374,11 +375,7 @@ pub fn draw_masks(
 
 /// Whether the mean norm of the tokens' vectors has reached the limit at which they freeze.
 fn tokens_have_grown(tokens: &[TokenFactors], limit: f32) -> bool {
-    let norms: Vec<f32> = tokens
-        .iter()
-        .flat_map(|t| t.values.chunks(t.values.len() / t.layers))
-        .map(|v| v.iter().map(|x| x * x).sum::<f32>().sqrt())
-        .collect();
+    let norms: Vec<f32> = tokens.iter().flat_map(|t| t.values.chunks(t.values.len() / t.layers)).map(norm).collect();
     limit > 0.0 && norms.iter().sum::<f32>() / norms.len() as f32 >= limit
 }
 

@@ -75,6 +75,6 @@ fn random_direction(rng: &mut Rng, out: &mut [f32], length: f32) {
     out.iter_mut().for_each(|x| *x *= scale);
 }
 
-fn norm(vector: &[f32]) -> f32 {
+pub(super) fn norm(vector: &[f32]) -> f32 {
     vector.iter().map(|x| x * x).sum::<f32>().sqrt()
 }
