@@ -2,6 +2,7 @@
 # make install [PREFIX=/usr/local] [DESTDIR=]
 # make uninstall                remove what `make install` with the same settings puts there
 # make deb                      a Debian package of the same files
+# make deb-cuda                 a Debian package of the daemon for NVIDIA cards (tests/gpu/build.sh builds it, in 25 minutes)
 # make check                    the units and everything else that is installed, as far as that needs no root
 #
 # PROFILE=release|dev           which build; NO_BUILD=1: take what is built already (for `sudo make install`)
@@ -35,7 +36,7 @@ polkitdir  = /usr/share/polkit-1
 D := $(DESTDIR)
 MANIFESTS := $(filter-out %/Cargo.toml,$(wildcard plugins/*/*.toml))
 
-.PHONY: all build install uninstall deb check
+.PHONY: all build install uninstall deb deb-cuda check
 all: build
 
 build:
@@ -101,6 +102,12 @@ uninstall:
 
 deb: build
 	systemd/debian/build '$(PROFILE)' '$(TARGET)'
+
+deb-cuda:
+ifeq ($(NO_BUILD),)
+	tests/gpu/build.sh '$(TARGET)/cuda'
+endif
+	systemd/debian/build-cuda '$(TARGET)/cuda/bin/blocklorad-cuda' '$(TARGET)'
 
 check: build
 	tests/systemd/check '$(PROFILE)'

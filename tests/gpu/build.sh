@@ -3,10 +3,11 @@
 #
 #   tests/gpu/build.sh [FOLDER]
 #
-# FOLDER (default: target/cuda) gets everything: the wheels, the toolkit put together from them, and Cargo's target folder
-# with the result, target/release/blocklora. COMPUTE_CAP is the card's compute capability without its dot (default: 90,
-# an H100 or H200). Needs python3 with pip, gcc and Rust; takes about 25 minutes of processor time, most of it candle's
-# kernels. A second run goes on where the first one stopped.
+# FOLDER (default: target/cuda) gets everything: the wheels, the toolkit put together from them, Cargo's target folder,
+# and the results: bin/blocklora, whose benchmarks compute on a card, and bin/blocklorad-cuda, which `make deb-cuda` packs.
+# COMPUTE_CAP is the card's compute capability without its dot (default: 90, an H100 or H200). Needs python3 with pip, gcc
+# and Rust; takes about 25 minutes of processor time, most of it candle's kernels. A second run goes on where the first
+# one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=$(realpath -m "${1:-target/cuda}")
@@ -43,18 +44,23 @@ export CUDA_HOME=$home CUDA_PATH=$home NVCC=$home/bin/nvcc CUDA_COMPUTE_CAP=${CO
 export PATH=$home/bin:$PATH LIBRARY_PATH=$home/lib64 CARGO_TARGET_DIR=$out/target
 export RUSTFLAGS="-L native=$home/lib64"
 driver=$home/lib64/libcuda.so
-stub() {  # every symbol on stdin as an empty function of the driver's library
-    sed 's/.*/void &(void) {}/' | gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c -o "$driver" -
-}
-[ -e "$driver" ] || echo cuInit | stub
-build() {
-    cargo build --locked --release -p blocklora-cli --features cuda 2>&1 | tee "$out/build.log"
-}
-if ! build; then
-    # The linker has named what the stand-in lacks; with those it links.
-    missing=$(grep -o "undefined reference to .cu[A-Z][A-Za-z0-9_]*" "$out/build.log" | grep -o "cu[A-Z].*" | sort -u)
-    [ -n "$missing" ] || exit 1
-    { echo cuInit; echo "$missing"; } | sort -u | stub
-    build
+if [ ! -e "$driver" ]; then
+    # Every function that the bindings of cudarc declare, as an empty one: what links needs no more.
+    cargo fetch --locked --quiet
+    cargo metadata --locked --offline --format-version 1 | python3 -c '
+import json, pathlib, re, sys
+package = next(p for p in json.load(sys.stdin)["packages"] if p["name"] == "cudarc")
+bindings = pathlib.Path(package["manifest_path"]).with_name("src") / "driver/sys/mod.rs"
+names = sorted(set(re.findall(r"\bfn (cu[A-Z]\w*)", bindings.read_text())))
+if not names:
+    sys.exit(f"build.sh: {bindings} declares no function of the driver")
+print("\n".join(f"void {name}(void) {{}}" for name in names))
+' | gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c -o "$driver.new" -
+    mv "$driver.new" "$driver"
 fi
-echo "built $CARGO_TARGET_DIR/release/blocklora for compute capability $CUDA_COMPUTE_CAP"
+cargo build --locked --release -p blocklora-cli -p blocklora-service \
+    --features blocklora-cli/cuda,blocklora-service/cuda
+mkdir -p "$out/bin"
+cp "$CARGO_TARGET_DIR/release/blocklora" "$out/bin/blocklora"
+cp "$CARGO_TARGET_DIR/release/blocklorad" "$out/bin/blocklorad-cuda"
+echo "built $out/bin/blocklora and blocklorad-cuda for compute capability $CUDA_COMPUTE_CAP"

@@ -3,12 +3,12 @@
 #
 #   tests/gpu/run.sh [PROGRAM]
 #
-# PROGRAM is what tests/gpu/build.sh built (default: target/cuda/target/release/blocklora). The CUDA libraries must be
-# found: where PyTorch's CUDA 13 wheel is installed, its nvidia/cu13/lib folder is taken; else LD_LIBRARY_PATH decides.
+# PROGRAM is what tests/gpu/build.sh built (default: target/cuda/bin/blocklora). Where blocklorad and blocklorad-cuda lie
+# beside it, the first must hand over to the second. The CUDA libraries must be found: where PyTorch's CUDA 13 wheel is installed, its nvidia/cu13/lib folder is taken; else LD_LIBRARY_PATH decides.
 # Exits with 1 if a check fails, 2 if there is no card.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-program=$(realpath -m "${1:-target/cuda/target/release/blocklora}")
+program=$(realpath -m "${1:-target/cuda/bin/blocklora}")
 [ -x "$program" ] || { echo "run.sh: $program is not there; tests/gpu/build.sh builds it" >&2; exit 1; }
 [ -e /proc/driver/nvidia/version ] || { echo "run.sh: no NVIDIA driver is loaded" >&2; exit 2; }
 torch=$(python3 -c 'import nvidia.cu13, os; print(os.path.join(list(nvidia.cu13.__path__)[0], "lib"))' 2>/dev/null || true)
@@ -16,6 +16,9 @@ export LD_LIBRARY_PATH=${torch:+$torch:}${LD_LIBRARY_PATH:-}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+if [ -x "$(dirname "$program")/blocklorad" ] && [ -x "$(dirname "$program")/blocklorad-cuda" ]; then
+    "$program" --daemon private status --json > "$work/status.json"
+fi
 "$program" bench model --shape sd15 --precision f16 --output "$work/sd15"
 bench() { "$program" bench "$@" --json; }
 # The starter on both devices: what is compared below, value by value of root mean square and loss.
@@ -44,6 +47,9 @@ for part in ["unet", "vae", "text", "gradients"]:
             failed.append(f"{part}: {field} is {cuda[field]} on the card, {cpu[field]} on the CPU")
 if not results["merge"].get("remove_all_exact"):
     failed.append("merge: removing all adapters did not give back the file's bits")
+devices = results.get("status", {}).get("daemon", {}).get("devices", [])
+if "status" in results and not any(device["id"].startswith("cuda") for device in devices):
+    failed.append(f"blocklorad: computes on {devices}")
 card = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
                       capture_output=True, text=True).stdout.strip()
 print(json.dumps({"card": card, "failed": failed, "results": results}))

@@ -1,4 +1,7 @@
-"""Writes the Stable Diffusion folder (model/) and the scorer (clip/), all f16."""
+"""Writes the Stable Diffusion folder (model/) and the scorer (clip/), all f16.
+
+With --from, a part that was not trained in this work folder stays as it is in the output.
+"""
 import shutil
 from pathlib import Path
 
@@ -70,7 +73,11 @@ def _swap(temporary, destination):
 def run(cfg, out, destination):
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    export_model(out, destination / "model")
-    export_clip(out, destination / "clip", cfg)
+    for part, trained, export in (("model", "unet", lambda to: export_model(out, to)),
+                                  ("clip", "scorer", lambda to: export_clip(out, to, cfg))):
+        if (out / trained).exists():
+            export(destination / part)
+        elif not (destination / part).exists():
+            raise SystemExit(f"{destination / part}: nothing to leave as it is, and no {trained} was trained in {out}")
     size = sum(p.stat().st_size for d in ("model", "clip") for p in (destination / d).rglob("*") if p.is_file())
     print(f"model + clip {size / 1e6:.1f} MB")

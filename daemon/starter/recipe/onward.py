@@ -34,8 +34,8 @@ def run(work, folder):
     CLIPModel.from_pretrained(Path(folder) / "clip", dtype=torch.float32).save_pretrained(work / "scorer_from")
     before = read_json(Path(folder) / "scores.json")["training"]
     write_json(work / "from.json", before)
-    for stage in ("vae", "clip"):
-        write_json(work / f"{stage}.json", before[stage])
+    for stage, counts in before.items():       # the stages that are trained on here write theirs anew
+        write_json(work / f"{stage}.json", counts)
     for stage in STARTED:
         (work / f"{stage}.done").touch()
 

@@ -2,8 +2,9 @@
 
 Real pictures are compositions of held-back combinations, which nothing was trained on; generated pictures come
 from their captions. A noun is right when its prompt scores highest among all nouns; in a picture of two
-objects both are right when the two highest are the two named. The identity scorer is the nearest class mean of
-image features over the concepts' eight pictures, tested on further compositions.
+objects both are right when the two highest are the two named, and both are in place when a close-up of the left
+one and one of the right are each recognised as the noun that the caption has there. The identity scorer is the
+nearest class mean of image features over the concepts' eight pictures, tested on further compositions.
 """
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ import concepts
 import sheets
 import world
 from common import DEVICE, read_json, write_json
-from train_clip import embed_images, embed_texts
+from train_clip import closeup, embed_images, embed_texts
 from train_vae import psnr
 
 PER_CONCEPT = 16
@@ -37,11 +38,22 @@ class Scorer:
         self.backgrounds, self.styles = text(self.phrases), text([f"{s} style" for s in world.STYLES])
         self.text = text
 
+    def objects_in_place(self, images, metas):
+        """-> {index of a picture of two: the noun of the close-up of its left and of its right object}."""
+        two = [i for i, m in enumerate(metas) if len(m["n"]) == 2]
+        if not two:
+            return {}
+        nouns = [(embed_images(self.model, closeup(images[two], [w] * len(two))) @ self.nouns.T).argmax(1).tolist()
+                 for w in (0, 1)]
+        return {i: [left, right] for i, left, right in zip(two, *nouns)}
+
     def measure(self, images, captions, metas, table):
         """Accuracies over the pictures whose caption names what is asked; text alignment is the mean cosine."""
         f = embed_images(self.model, images)
         nouns, places, styles = f @ self.nouns.T, f @ self.backgrounds.T, f @ self.styles.T
-        tally = {k: [] for k in ("noun_top1", "noun_top5", "both_nouns", "one_of_two", "style", "background")}
+        tally = {k: [] for k in ("noun_top1", "noun_top5", "both_nouns", "both_in_place", "one_of_two", "style",
+                                 "background")}
+        close = self.objects_in_place(images, metas)
         for i, (caption, meta) in enumerate(zip(captions, metas)):
             order = nouns[i].argsort(descending=True).tolist()
             if len(meta["n"]) == 1:
@@ -49,6 +61,7 @@ class Scorer:
                 tally["noun_top5"].append(meta["n"][0] in order[:5])
             elif len(meta["n"]) == 2:
                 tally["both_nouns"].append(set(order[:2]) == set(meta["n"]))
+                tally["both_in_place"].append(close[i] == meta["n"])
                 tally["one_of_two"].append(order[0] in meta["n"])
             if f"{meta['s']} style" in caption:
                 tally["style"].append(world.STYLES[styles[i].argmax()] == meta["s"])
@@ -105,8 +118,8 @@ def run(cfg, out, art_folder, folder):
     generated = sheets.generate(pipeline, pick(captions), cfg, seed=5000)
     result["generated"] = scorer.measure(generated, pick(captions), pick(metas), table)
     real, made = result["real_same_captions"], result["generated"]
-    result["generated_over_real"] = {k: round(made[k] / real[k], 3) for k in ("noun_top1", "both_nouns", "style", "background")
-                                     if real.get(k) and k in made}
+    compared = ("noun_top1", "both_nouns", "both_in_place", "style", "background")
+    result["generated_over_real"] = {k: round(made[k] / real[k], 3) for k in compared if real.get(k) and k in made}
     result["training"] = {k: read_json(out / f"{k}.json") for k in ("vae", "clip", "scorer", "unet")}
     result["sampling"] = {"steps": cfg["steps"], "guidance": cfg["guidance"], "captions": len(chosen)}
     write_json(folder / "scores.json", result)

@@ -4,12 +4,15 @@ In a small world the plain contrastive loss learns backgrounds and stops: they a
 of a batch apart. So every picture is also classified against the prompts of all nouns, of all backgrounds and
 of the styles, through the text tower; a picture of two objects has two right nouns. A quarter of every batch
 shows other emoji with their names, which keeps the image features wide enough for what was never trained on.
+The scorer also sees some pictures of two objects as a close-up of one of them, which has that one's noun, so that
+it can tell what stands where.
 """
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import onward
@@ -74,6 +77,14 @@ class Banks:
         return target.to(DEVICE)
 
 
+def closeup(images, which):
+    """uint8 [n, s, s, 3] pictures of two objects -> the squares of their left (0) or right (1) ones, in full size."""
+    size = images.shape[1]
+    boxes = world.squares(2, size)
+    return np.stack([np.asarray(Image.fromarray(image[y:y + side, x:x + side]).resize((size, size), Image.BICUBIC))
+                     for image, (x, y, side) in zip(images, (boxes[w] for w in which))])
+
+
 @torch.no_grad()
 def noun_accuracy(model, tokenizer, table, images, truth, length):
     """-> top-1, top-5 of single-object pictures against the prompts of all nouns."""
@@ -128,14 +139,24 @@ def run(cfg, out, name="clip"):
             g["lr"] = c["lr"] * clock.factor(step)
         j = np.sort(rng.choice(len(pool), c["batch"] - few, False))
         k = rng.choice(len(extra), few, False)
-        x = pixels(np.concatenate([pool[j], extra[k]]))
+        shown, target = pool[j], banks.noun_targets(j)
+        # rows whose picture has become a close-up: no longer what the caption says
+        close = [row for row, i in enumerate(j) if len(banks.members[i]) == 2 and rng.random() < c.get("closeups", 0)]
+        if close:
+            which = rng.integers(2, size=len(close))
+            shown[close] = closeup(shown[close], which)
+            target[close] = 0
+            target[close, [banks.members[j[row]][w] for row, w in zip(close, which)]] = 1
+        entire = torch.ones(len(j), dtype=torch.bool, device=DEVICE)
+        entire[close] = False
+        x = pixels(np.concatenate([shown, extra[k]]))
         x = x + torch.randn_like(x) * (.1 * rng.random())
         template = NOUN_TEMPLATES[rng.integers(len(NOUN_TEMPLATES))]
         others, where = np.unique(extra_names[k], return_inverse=True)
         prompts = ([template.format(n) for n in banks.nouns] + banks.backgrounds + banks.styles
                    + [template.format("a " + n) for n in others])
         full = caption_ids[j].long()
-        full = full[:, :int((full != tokenizer.eos_token_id).sum(1).max()) + 1].to(DEVICE)
+        full = full[:, :int((full != tokenizer.eos_token_id).sum(1).max()) + 1].to(DEVICE)[entire]
         with autocast(cfg["bf16"]):
             image = image_features(model, x)
             caption = text_features(model, full)
@@ -144,17 +165,18 @@ def run(cfg, out, name="clip"):
         n, nb, ns = len(banks.nouns), len(banks.backgrounds), len(banks.styles)
         own, other = image[:len(j)], image[len(j):]
         # whole captions; equal captions are no negatives
-        logits = scale * own @ caption.T
-        same = (full[:, None] == full[None]).all(-1) & ~torch.eye(len(j), dtype=torch.bool, device=DEVICE)
+        logits = scale * own[entire] @ caption.T
+        same = (full[:, None] == full[None]).all(-1) & ~torch.eye(len(full), dtype=torch.bool, device=DEVICE)
         logits = logits.masked_fill(same, -1e4)
-        y = torch.arange(len(j), device=DEVICE)
+        y = torch.arange(len(full), device=DEVICE)
         whole = (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
         noun_bank = torch.cat([bank[:n], bank[n + nb + ns:]])
-        target = F.pad(banks.noun_targets(j), (0, len(others)))
+        target = F.pad(target, (0, len(others)))
         has = target.sum(1) > 0
         noun = F.cross_entropy(scale * own[has] @ noun_bank.T, target[has])
         wide = F.cross_entropy(scale * other @ noun_bank.T, torch.from_numpy(where + n).to(DEVICE))
-        place = F.cross_entropy(scale * own @ bank[n:n + nb].T, torch.from_numpy(banks.background[j]).to(DEVICE))
+        place = F.cross_entropy(scale * own[entire] @ bank[n:n + nb].T,
+                                torch.from_numpy(banks.background[j]).to(DEVICE)[entire])
         style = F.cross_entropy(scale * own @ bank[n + nb:n + nb + ns].T,
                                 torch.from_numpy(banks.style[j]).to(DEVICE), ignore_index=-1)
         loss = whole + noun + .5 * wide + .3 * place + .3 * style

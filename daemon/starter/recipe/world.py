@@ -213,6 +213,14 @@ SQUARE = {"normal": (.75, .125), "big": (1.0, 0.0), "small": (.5, .375), "two": 
 LEFT = {"normal": {"": .125}, "big": {"": 0.0}, "small": {"left": 0.0, "": .25, "right": .5}}
 SPREAD = {"two": (0.0, .5), "three": (.03125, .34375, .65625)}
 
+
+def squares(count, size):
+    """Where the objects of a picture of two or three stand, left to right: (x, y, side) in pixels."""
+    layout = {2: "two", 3: "three"}[count]
+    side, top = SQUARE[layout]
+    return [(round(size * left), round(size * top), round(size * side)) for left in SPREAD[layout]]
+
+
 _sprites = {}
 
 

@@ -13,7 +13,7 @@ fn disjoint_adapters_add_up_undiluted() {
     for (index, layer) in problem.layers.iter().enumerate() {
         let mut sum = vec![0.0; layer.rows * layer.columns];
         for adapter in problem.adapters() {
-            adapter.factors[index].unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
+            adapter.factors(index).unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
         }
         assert_eq!(merged[index], sum);
     }
@@ -38,7 +38,7 @@ fn shared_rows_are_refused_or_averaged() {
     let merged = merge(&MEAN, &problem, 8).unwrap();
     for (index, layer) in problem.layers.iter().enumerate() {
         let deltas: Vec<Vec<f32>> =
-            problem.adapters().iter().map(|a| a.factors[index].unwrap().delta(0..layer.rows)).collect();
+            problem.adapters().iter().map(|a| a.factors(index).unwrap().delta(0..layer.rows)).collect();
         for (merged, (x, y)) in merged[index].iter().zip(deltas[0].iter().zip(&deltas[1])) {
             assert!((merged - (x + y) / 2.0).abs() < 1e-6);
         }

@@ -33,7 +33,7 @@ fn nothing_dropped_is_a_sum() {
     for (index, layer) in problem.layers.iter().enumerate() {
         let mut sum = vec![0.0; layer.rows * layer.columns];
         for adapter in problem.adapters() {
-            adapter.factors[index].unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
+            adapter.factors(index).unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
         }
         assert!(merged[index].iter().zip(&sum).all(|(x, y)| (x - y).abs() < 1e-5));
     }
@@ -74,8 +74,8 @@ fn masks_depend_on_seed_adapter_layer_and_row_and_on_nothing_else() {
         let mut alone = Problem::new(three.layers.clone());
         let adapter = &three.adapters()[chosen];
         let own = |f: blocklora_sdk::merge::Factors<'_>| (f.a.to_vec(), f.b.to_vec(), f.rows.to_vec(), f.rank);
-        let scale = adapter.factors.iter().flatten().next().unwrap().scale;
-        let factors = adapter.factors.iter().map(|f| f.map(own)).collect();
+        let scale = adapter.factors_by_layer().flatten().next().unwrap().scale;
+        let factors = adapter.factors_by_layer().map(|f| f.map(own)).collect();
         alone.add(adapter.name, adapter.digest, adapter.weight, scale, factors);
         for (sum, alone) in alone_sum.iter_mut().flatten().zip(merge(&Dare::default(), &alone, 4).unwrap().concat()) {
             *sum += alone;

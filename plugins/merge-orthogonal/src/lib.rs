@@ -43,7 +43,7 @@ fn check_slots(index: usize, layer: &Layer, adapters: &[Adapter<'_>]) -> Result<
         // Few numbers of A tell two apart, and equal ones are looked at whole.
         let key = factors.a.iter().take(4).map(|x| x.to_bits()).collect();
         let first = *first_with.entry(key).or_insert(adapter);
-        let same_a = first.factors[index].is_some_and(|other| other.a == factors.a && !factors.a.is_empty());
+        let same_a = first.factors(index).is_some_and(|other| other.a == factors.a && !factors.a.is_empty());
         if first.digest != adapter.digest && same_a {
             return Err(Error::incompatible(format!(
                 "adapter {:?}: it and {:?} have the same A in {}, so that both answer to the same inputs; train one of \

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use blocklora_sdk::manifest::Law;
-use blocklora_sdk::merge::{Factors, MergeStrategy};
+use blocklora_sdk::merge::{Adapter, Factors, MergeStrategy};
 use blocklora_sdk::testing::{MergeGolden, Problem, TestJob, check_laws, check_merge, merge};
 use blocklora_sdk::{Value, resolve, schema};
 use merge_orthogonal::Orthogonal;
@@ -40,7 +40,7 @@ fn lambda_1_adds_an_adapter_as_trained_and_takes_it_away_again() {
     problem.set_weights(&[-1.0]);
     let negated = merge(&Orthogonal { lambda: 1.0 }, &problem, 8).unwrap();
     for (index, layer) in problem.layers.iter().enumerate() {
-        assert_eq!(merged[index], problem.adapters()[0].factors[index].unwrap().delta(0..layer.rows));
+        assert_eq!(merged[index], problem.adapters()[0].factors(index).unwrap().delta(0..layer.rows));
         assert!(merged[index].iter().zip(&negated[index]).all(|(x, y)| x + y == 0.0));
     }
 }
@@ -54,11 +54,13 @@ fn two_adapters_with_the_same_a_are_refused() {
         |adapters: &[_]| MergeStrategy::plan(&Orthogonal::default(), &TestJob::default(), &problem.layers, adapters);
     plan(&adapters).unwrap();
     let (layer, owner) = (0..problem.layers.len())
-        .find_map(|layer| Some((layer, adapters[0].factors[layer].filter(|_| adapters[2].factors[layer].is_some())?)))
+        .find_map(|layer| Some((layer, adapters[0].factors(layer).filter(|_| adapters[2].factors(layer).is_some())?)))
         .unwrap();
-    let other = adapters[2].factors[layer].unwrap();
+    let other = adapters[2].factors(layer).unwrap();
     assert_eq!(other.a.len(), owner.a.len());
-    adapters[2].factors[layer] = Some(Factors { a: owner.a, ..other });
+    let mut factors: Vec<_> = adapters[2].factors_by_layer().collect();
+    factors[layer] = Some(Factors { a: owner.a, ..other });
+    adapters[2] = Adapter::new(adapters[2].name, adapters[2].digest, adapters[2].weight, factors);
     let error = plan(&adapters).unwrap_err().message;
     for part in [adapters[0].name, adapters[2].name, &problem.layers[layer].name, "slot = N"] {
         assert!(error.contains(part), "{error}");

@@ -39,7 +39,7 @@ fn lambda_1_adds_an_adapter_as_trained_and_takes_it_away_again() {
     problem.set_weights(&[-1.0]);
     let negated = merge(&TaskArithmetic { lambda: 1.0 }, &problem, 8).unwrap();
     for (index, layer) in problem.layers.iter().enumerate() {
-        assert_eq!(merged[index], problem.adapters()[0].factors[index].unwrap().delta(0..layer.rows));
+        assert_eq!(merged[index], problem.adapters()[0].factors(index).unwrap().delta(0..layer.rows));
         assert!(merged[index].iter().zip(&negated[index]).all(|(x, y)| x + y == 0.0));
     }
 }

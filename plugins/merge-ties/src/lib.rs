@@ -58,7 +58,7 @@ impl MergeStrategy for Ties {
             Scope::Layer => None,
             Scope::Model => Some(parallel::map(adapters.len(), |adapter| {
                 job.check_cancelled()?;
-                let parts = adapters[adapter].factors.iter().zip(layers).filter_map(|(f, layer)| Some(((*f)?, layer)));
+                let parts = adapters[adapter].factors_by_layer().zip(layers).filter_map(|(f, layer)| Some((f?, layer)));
                 Ok(self.threshold(&parts.collect::<Vec<_>>()))
             })?),
         };

@@ -57,7 +57,7 @@ fn one_adapter_keeps_exactly_its_largest_numbers() {
     for k in [1.0f32, 10.0, 20.0, 37.5, 99.0] {
         let merged = merge(&Ties { top_k_percent: k, ..Ties::default() }, &problem, 8).unwrap();
         for (index, layer) in problem.layers.iter().enumerate() {
-            let whole = problem.adapters()[0].factors[index].unwrap().delta(0..layer.rows);
+            let whole = problem.adapters()[0].factors(index).unwrap().delta(0..layer.rows);
             let kept = merged[index].iter().filter(|x| **x != 0.0).count();
             assert_eq!(kept, (whole.len() as f32 * k / 100.0) as usize);
             let least = merged[index].iter().filter(|x| **x != 0.0).map(|x| x.abs()).fold(f32::INFINITY, f32::min);
@@ -73,7 +73,7 @@ fn everything_kept_of_one_adapter_is_its_delta() {
     let problem = Problem::random(1, 1, true);
     let merged = merge(&KEEP_ALL, &problem, 8).unwrap();
     for (index, layer) in problem.layers.iter().enumerate() {
-        assert_eq!(merged[index], problem.adapters()[0].factors[index].unwrap().delta(0..layer.rows));
+        assert_eq!(merged[index], problem.adapters()[0].factors(index).unwrap().delta(0..layer.rows));
     }
 }
 

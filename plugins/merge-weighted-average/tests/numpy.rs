@@ -28,7 +28,7 @@ fn one_adapter_is_itself_whatever_its_weight() {
         problem.set_weights(&[weight]);
         let merged = merge(&WeightedAverage {}, &problem, 8).unwrap();
         for (index, layer) in problem.layers.iter().enumerate() {
-            assert_eq!(merged[index], problem.adapters()[0].factors[index].unwrap().delta(0..layer.rows));
+            assert_eq!(merged[index], problem.adapters()[0].factors(index).unwrap().delta(0..layer.rows));
         }
     }
 }

@@ -44,7 +44,7 @@ fn outside_crates_made_from_the_templates_conform() {
             for (index, layer) in problem.layers.iter().enumerate() {
                 let mut sum = vec![0.0; layer.rows * layer.columns];
                 for adapter in problem.adapters() {
-                    adapter.factors[index].unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
+                    adapter.factors(index).unwrap().add_delta(1.0, 0..layer.rows, &mut sum);
                 }
                 assert_eq!(merged[index], sum);
             }

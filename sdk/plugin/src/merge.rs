@@ -4,8 +4,12 @@
 //! *factored* terms, `W[p] = W0[p] + sum_i c_ip scale_i B_i[p] A_i`, which the engine applies at the speed of memory, or
 //! *dense*: then it is asked for the change of the weight itself, in tiles of rows.
 
+use std::fmt;
 use std::ops::Range;
 
+use abi_stable::std_types::ROption;
+
+use crate::abi::types::{RawAdapter, RawFactors};
 use crate::config::Config;
 use crate::error::{Code, Error, Result};
 use crate::job::Job;
@@ -81,7 +85,7 @@ impl Factors<'_> {
 }
 
 /// An adapter as a strategy sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Adapter<'a> {
     /// Its concept's name.
     pub name: &'a str,
@@ -90,8 +94,59 @@ pub struct Adapter<'a> {
     pub digest: &'a str,
     /// The caller's weight for it; 1 is "as trained", never 0.
     pub weight: f32,
-    /// Its factors by layer, in the order of the layers; `None` where it changes nothing.
-    pub factors: Vec<Option<Factors<'a>>>,
+    factors: FactorList<'a>,
+}
+
+/// Factors by layer in the form in which they cross the boundary: a model has thousands of them, and what is not copied
+/// costs nothing.
+#[derive(Clone)]
+enum FactorList<'a> {
+    Own(Vec<ROption<RawFactors<'a>>>),
+    Lent(&'a [ROption<RawFactors<'a>>]),
+}
+
+impl<'a> Adapter<'a> {
+    /// An adapter with `factors` by layer, in the order of the layers; `None` where it changes nothing.
+    pub fn new(
+        name: &'a str,
+        digest: &'a str,
+        weight: f32,
+        factors: impl IntoIterator<Item = Option<Factors<'a>>>,
+    ) -> Self {
+        let factors = factors.into_iter().map(|f| f.map(RawFactors::from).into()).collect();
+        Self { name, digest, weight, factors: FactorList::Own(factors) }
+    }
+
+    /// Its factors on the layer with this index; `None` where it changes nothing.
+    pub fn factors(&self, layer: usize) -> Option<Factors<'a>> {
+        self.raw_factors().get(layer)?.into_option().map(Factors::from)
+    }
+
+    /// Its factors by layer, in the order of the layers.
+    pub fn factors_by_layer(&self) -> impl ExactSizeIterator<Item = Option<Factors<'a>>> {
+        self.raw_factors().iter().map(|raw| raw.into_option().map(Factors::from))
+    }
+
+    pub(crate) fn lent(raw: &RawAdapter<'a>) -> Self {
+        let factors = FactorList::Lent(raw.factors.as_slice());
+        Self { name: raw.name.as_str(), digest: raw.digest.as_str(), weight: raw.weight, factors }
+    }
+
+    pub(crate) fn raw_factors(&self) -> &[ROption<RawFactors<'a>>] {
+        match &self.factors {
+            FactorList::Own(factors) => factors,
+            FactorList::Lent(factors) => factors,
+        }
+    }
+}
+
+impl fmt::Debug for Adapter<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let changed = self.factors_by_layer().flatten().count();
+        let mut shown = f.debug_struct("Adapter");
+        shown.field("name", &self.name).field("digest", &self.digest).field("weight", &self.weight);
+        shown.field("changed_layers", &changed).finish_non_exhaustive()
+    }
 }
 
 /// Coefficients c_ip of one adapter's rows in one layer.
@@ -153,7 +208,7 @@ pub fn present<'a>(
     adapters: &'a [Adapter<'a>],
     index: usize,
 ) -> impl Iterator<Item = (usize, &'a Adapter<'a>, Factors<'a>)> {
-    adapters.iter().enumerate().filter_map(move |(i, adapter)| Some((i, adapter, (*adapter.factors.get(index)?)?)))
+    adapters.iter().enumerate().filter_map(move |(i, adapter)| Some((i, adapter, adapter.factors(index)?)))
 }
 
 /// The plan that adds every adapter to every layer that it changes, all of its rows with the coefficient `c(index,

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod control;
+pub mod cuda;
 pub mod lock;
 pub mod logind;
 pub mod memory;

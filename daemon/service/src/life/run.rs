@@ -1,14 +1,14 @@
 //! One run of the daemon, from its options to its exit code.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blocklora_engine::device;
+use blocklora_engine::device::Chosen;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{activation, control, lock, logind, paths, recover};
+use super::{activation, control, cuda, lock, logind, paths, recover};
 use crate::authority::Authority;
 use crate::catalogue::Catalogue;
 use crate::config::{self, Bus, Config};
@@ -20,6 +20,9 @@ use crate::jobs::{Lifetime, Owner, Priority, Stop, Ticket};
 use crate::methods::Methods;
 use crate::objects::{Object, path_of};
 use crate::worker;
+
+/// How long a private daemon waits for the one before it.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the command line says.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +44,10 @@ pub struct Options {
 /// Runs the daemon until it is told to end.
 /// `methods` are made from the configuration.
 pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
+    let (config, files) = read_config(options)?;
+    // Before any thread and any lock, since another program may go on from here.
+    let device = cuda::choose(&config.models.device)?;
+    tracing::info!("device {device}");
     raise_limits();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -49,7 +56,7 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
         .enable_all()
         .build()
         .map_err(|e| Error::io("cannot start", &e))?;
-    let result = runtime.block_on(live(options, methods));
+    let result = runtime.block_on(live(options, (config, files), device, methods));
     // Nothing that still blocks is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
@@ -87,20 +94,34 @@ fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
     Ok((config, files))
 }
 
-async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
-    let (config, files) = read_config(options)?;
+/// The lock of the state folder. Of two private daemons the second comes after a command that was killed, whose daemon
+/// is about to notice; so that one waits.
+async fn lock_state(folder: &Path, private: bool) -> Result<lock::Lock> {
+    let give_up = Instant::now() + if private { PATIENCE } else { Duration::ZERO };
+    loop {
+        match lock::folder(folder, "state folder") {
+            Err(error) if error.kind == Kind::DeviceBusy && Instant::now() < give_up => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn live(
+    options: &Options,
+    (config, files): (Config, Vec<PathBuf>),
+    device: Chosen,
+    methods: impl FnOnce(&Config) -> Arc<dyn Methods>,
+) -> Result<()> {
     let bus = config.daemon.bus;
-    // A device that is asked for and cannot be had ends the daemon: nothing computes elsewhere in silence.
-    let device = config.models.device.parse().and_then(device::choose);
-    let device = device.map_err(|e| Error::from(e).context("models.device"))?;
-    tracing::info!("device {device}");
     let folder = paths::state_dir(&config)?;
     let made = std::fs::create_dir_all(&folder);
     if !folder.is_dir() {
         made.map_err(|e| Error::io(folder.display(), &e))?;
     }
     // Held until the end.
-    let _state = lock::folder(&folder, "state folder")?;
+    let _state = lock_state(&folder, options.private).await?;
     let catalogue = open_catalogue(&folder)?;
     let handed = if options.private { None } else { activation::handed_over()? };
     let path = if handed.is_some() { None } else { paths::socket(&config)? };
@@ -176,7 +197,7 @@ async fn live(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Method
     Ok(())
 }
 
-fn open_catalogue(folder: &std::path::Path) -> Result<Catalogue> {
+fn open_catalogue(folder: &Path) -> Result<Catalogue> {
     let opened = Catalogue::open(folder).and_then(|catalogue| catalogue.probe().map(|()| catalogue));
     match opened {
         Err(error) if matches!(error.kind, Kind::StorageReadOnly | Kind::StorageFull) => {

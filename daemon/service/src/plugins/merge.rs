@@ -58,11 +58,9 @@ fn adapters<'a>(layers: usize, views: &[&'a dyn AdapterView]) -> Vec<sdk::Adapte
         let f = view.factors(layer)?;
         Some(sdk::Factors { a: f.a, b: f.b, rows: f.rows, rank: f.rank, scale: f.scale })
     };
-    let adapter = |&view: &&'a dyn AdapterView| sdk::Adapter {
-        name: view.name(),
-        digest: view.digest(),
-        weight: view.weight(),
-        factors: (0..layers).map(|layer| factors(view, layer)).collect(),
+    let adapter = |&view: &&'a dyn AdapterView| {
+        let factors = (0..layers).map(|layer| factors(view, layer));
+        sdk::Adapter::new(view.name(), view.digest(), view.weight(), factors)
     };
     views.iter().map(adapter).collect()
 }

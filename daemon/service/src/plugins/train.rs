@@ -133,17 +133,10 @@ struct Host<'a> {
 
 job_by_field!(Host<'_>);
 
-/// What a step's gradients are of.
-#[derive(Clone, Copy)]
-enum Step {
-    Loss,
-    Drift,
-}
-
 impl Host<'_> {
     fn step(
         &mut self,
-        step: Step,
+        objective: sdk::Objective,
         parameters: &sdk::Parameters,
         masks: &sdk::ErasureMasks,
         batch: &[sdk::Sample],
@@ -152,9 +145,9 @@ impl Host<'_> {
         self.job.check_cancelled()?;
         let parameters = engine_parameters(parameters.clone());
         let batch: Vec<engine::Sample> = batch.iter().map(engine_sample).collect();
-        let result = outside(self.place, || match step {
-            Step::Loss => self.host.loss_and_gradients(&parameters, masks, &batch, &mut self.gradients),
-            Step::Drift => self.host.drift_and_gradients(&parameters, masks, &batch, &mut self.gradients),
+        let result = outside(self.place, || match objective {
+            sdk::Objective::Loss => self.host.loss_and_gradients(&parameters, masks, &batch, &mut self.gradients),
+            sdk::Objective::Drift => self.host.drift_and_gradients(&parameters, masks, &batch, &mut self.gradients),
         });
         let value = self.job.pass(result)?;
         *gradients = sdk_parameters(std::mem::take(&mut self.gradients));
@@ -204,7 +197,7 @@ impl sdk::TrainHost for Host<'_> {
         batch: &[sdk::Sample],
         gradients: &mut sdk::Parameters,
     ) -> blocklora_sdk::Result<f32> {
-        self.step(Step::Loss, parameters, masks, batch, gradients)
+        self.step(sdk::Objective::Loss, parameters, masks, batch, gradients)
     }
     fn drift_and_gradients(
         &mut self,
@@ -213,7 +206,7 @@ impl sdk::TrainHost for Host<'_> {
         batch: &[sdk::Sample],
         gradients: &mut sdk::Parameters,
     ) -> blocklora_sdk::Result<f32> {
-        self.step(Step::Drift, parameters, masks, batch, gradients)
+        self.step(sdk::Objective::Drift, parameters, masks, batch, gradients)
     }
     fn resume(&mut self) -> blocklora_sdk::Result<Option<sdk::TrainState>> {
         let result = outside(self.place, || self.host.resume());

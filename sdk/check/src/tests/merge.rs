@@ -84,7 +84,7 @@ fn delta_of(problem: &Problem, adapter: usize) -> Deltas {
     let adapters = problem.adapters();
     let layers = problem.layers.iter().enumerate().map(|(index, layer)| {
         let mut delta = vec![0.0; layer.rows * layer.columns];
-        if let Some(f) = adapters[adapter].factors[index] {
+        if let Some(f) = adapters[adapter].factors(index) {
             for (local, &row) in f.rows.iter().enumerate() {
                 for column in 0..layer.columns {
                     let term = |k: usize| f.b[local * f.rank + k] as f64 * f.a[k * layer.columns + column] as f64;
@@ -118,9 +118,9 @@ fn reordered(problem: &Problem, order: &[usize]) -> Problem {
     let (adapters, mut other) = (problem.adapters(), Problem::new(problem.layers.clone()));
     for &i in order {
         let a = &adapters[i];
-        let scale = a.factors.iter().flatten().next().map_or(1.0, |f| f.scale);
+        let scale = a.factors_by_layer().flatten().next().map_or(1.0, |f| f.scale);
         let own = |f: blocklora_sdk::merge::Factors<'_>| (f.a.to_vec(), f.b.to_vec(), f.rows.to_vec(), f.rank);
-        other.add(a.name, a.digest, a.weight, scale, a.factors.iter().map(|f| f.map(own)).collect());
+        other.add(a.name, a.digest, a.weight, scale, a.factors_by_layer().map(|f| f.map(own)).collect());
     }
     other
 }

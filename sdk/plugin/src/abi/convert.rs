@@ -36,52 +36,31 @@ pub fn layers(raw: RSlice<'_, RawLayer<'_>>) -> Vec<Layer> {
     raw.iter().map(layer).collect()
 }
 
-/// The factors of `adapters`, one adapter after the other, to be lent out in [`raw_adapters`].
-pub fn raw_factors<'a>(adapters: &[Adapter<'a>]) -> Vec<Vec<ROption<RawFactors<'a>>>> {
-    let raw = |f: &Option<Factors<'a>>| match f {
-        Some(f) => ROption::RSome(RawFactors {
-            a: f.a.into(),
-            b: f.b.into(),
-            rows: f.rows.into(),
-            rank: f.rank,
-            scale: f.scale,
-        }),
-        None => ROption::RNone,
-    };
-    adapters.iter().map(|adapter| adapter.factors.iter().map(raw).collect()).collect()
+impl<'a> From<Factors<'a>> for RawFactors<'a> {
+    fn from(f: Factors<'a>) -> Self {
+        Self { a: f.a.into(), b: f.b.into(), rows: f.rows.into(), rank: f.rank, scale: f.scale }
+    }
 }
 
-pub fn raw_adapters<'a>(
-    adapters: &'a [Adapter<'a>],
-    factors: &'a [Vec<ROption<RawFactors<'a>>>],
-) -> Vec<RawAdapter<'a>> {
-    let raw = |(adapter, factors): (&'a Adapter<'a>, &'a Vec<ROption<RawFactors<'a>>>)| RawAdapter {
+impl<'a> From<RawFactors<'a>> for Factors<'a> {
+    fn from(raw: RawFactors<'a>) -> Self {
+        let (a, b, rows) = (raw.a.as_slice(), raw.b.as_slice(), raw.rows.as_slice());
+        Self { a, b, rows, rank: raw.rank, scale: raw.scale }
+    }
+}
+
+pub fn raw_adapters<'a>(adapters: &'a [Adapter<'a>]) -> Vec<RawAdapter<'a>> {
+    let raw = |adapter: &'a Adapter<'a>| RawAdapter {
         name: adapter.name.into(),
         digest: adapter.digest.into(),
         weight: adapter.weight,
-        factors: factors.as_slice().into(),
+        factors: adapter.raw_factors().into(),
     };
-    adapters.iter().zip(factors).map(raw).collect()
+    adapters.iter().map(raw).collect()
 }
 
 pub fn adapters<'a>(raw: RSlice<'a, RawAdapter<'a>>) -> Vec<Adapter<'a>> {
-    let factors = |f: &ROption<RawFactors<'a>>| match f {
-        ROption::RSome(f) => Some(Factors {
-            a: f.a.as_slice(),
-            b: f.b.as_slice(),
-            rows: f.rows.as_slice(),
-            rank: f.rank,
-            scale: f.scale,
-        }),
-        ROption::RNone => None,
-    };
-    let adapter = |raw: &'a RawAdapter<'a>| Adapter {
-        name: raw.name.as_str(),
-        digest: raw.digest.as_str(),
-        weight: raw.weight,
-        factors: raw.factors.iter().map(factors).collect(),
-    };
-    raw.as_slice().iter().map(adapter).collect()
+    raw.as_slice().iter().map(Adapter::lent).collect()
 }
 
 pub fn raw_plan(plan: Plan) -> RVec<RawLayerPlan> {

@@ -99,8 +99,7 @@ pub struct Remote {
 
 impl AnyMergeStrategy for Remote {
     fn plan(&self, job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
-        let (raw_layers, factors) = (convert::raw_layers(layers), convert::raw_factors(adapters));
-        let raw_adapters = convert::raw_adapters(adapters, &factors);
+        let (raw_layers, raw_adapters) = (convert::raw_layers(layers), convert::raw_adapters(adapters));
         let job = RawJob::lend(&job);
         let plan =
             self.table.plan()(self.instance.raw(), job, raw_layers.as_slice().into(), raw_adapters.as_slice().into());
@@ -117,8 +116,7 @@ impl AnyMergeStrategy for Remote {
         if delta.len() != rows * columns {
             return Err(Error::contract(format!("a tile of {rows} x {columns} has {} numbers", delta.len())));
         }
-        let factors = convert::raw_factors(tile.adapters);
-        let adapters = convert::raw_adapters(tile.adapters, &factors);
+        let adapters = convert::raw_adapters(tile.adapters);
         let layer = RawLayer { name: tile.layer.name.as_str().into(), rows: tile.layer.rows, columns };
         let done = self.table.fill()(
             self.instance.raw(),

@@ -30,7 +30,7 @@ mod root;
 mod sample;
 mod train;
 mod train_host;
-mod types;
+pub(crate) mod types;
 
 pub use host::{Library, Refusal};
 pub use magic::{MAGIC_SYMBOL, Magic};

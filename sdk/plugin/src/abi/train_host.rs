@@ -17,7 +17,8 @@ use crate::error::{Code, Error, Result};
 use crate::job::Job;
 use crate::merge::Layer;
 use crate::train::{
-    Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState, check_parameters, check_step,
+    Concept, ErasureMasks, Objective, Parameters, PictureRequest, Sample, TrainHost, TrainState, check_parameters,
+    check_step,
 };
 
 /// The host's functions for a trainer; [job]: on the thread that `train` was called on, one at a time.
@@ -73,16 +74,13 @@ impl<'a> Lent<'a> {
     }
 
     /// Checks what the plugin gave, and writes the gradients where it wants them.
-    fn step(&mut self, step: RawStep<'_>, of: Of) -> Result<f32> {
+    fn step(&mut self, step: RawStep<'_>, objective: Objective) -> Result<f32> {
         let parameters = convert::parameters(&step.parameters);
         check_parameters(self.host.layers(), &parameters)?;
         let batch: Vec<Sample> = step.batch.iter().map(convert::sample).collect();
         let masks: ErasureMasks = step.masks.iter().map(|mask| mask.to_vec()).collect();
         check_step(self.host.latent_shape(), &parameters, &masks, &batch)?;
-        let value = match of {
-            Of::Loss => self.host.loss_and_gradients(&parameters, &masks, &batch, &mut self.gradients)?,
-            Of::Drift => self.host.drift_and_gradients(&parameters, &masks, &batch, &mut self.gradients)?,
-        };
+        let value = objective.ask(self.host, &parameters, &masks, &batch, &mut self.gradients)?;
         let mut written = step.gradients;
         if written.len() != self.gradients.tensors().count() {
             return Err(Error::contract(format!("{} gradients asked for", written.len())));
@@ -95,13 +93,6 @@ impl<'a> Lent<'a> {
         }
         Ok(value)
     }
-}
-
-/// What a step's gradients are of.
-#[derive(Clone, Copy)]
-enum Of {
-    Loss,
-    Drift,
 }
 
 /// The context is a [`Lent`].
@@ -185,11 +176,11 @@ impl Host {
     }
     extern "C" fn loss_and_gradients(context: *mut (), step: RawStep<'_>) -> RResult<f32, RawError> {
         // SAFETY: as above.
-        guard(|| unsafe { Self::lent(context)? }.step(step, Of::Loss))
+        guard(|| unsafe { Self::lent(context)? }.step(step, Objective::Loss))
     }
     extern "C" fn drift_and_gradients(context: *mut (), step: RawStep<'_>) -> RResult<f32, RawError> {
         // SAFETY: as above.
-        guard(|| unsafe { Self::lent(context)? }.step(step, Of::Drift))
+        guard(|| unsafe { Self::lent(context)? }.step(step, Objective::Drift))
     }
     extern "C" fn resume(context: *mut ()) -> RResult<ROption<OwnedState>, RawError> {
         // SAFETY: as above.

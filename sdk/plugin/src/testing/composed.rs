@@ -80,11 +80,8 @@ impl Problem {
     pub fn adapters(&self) -> Vec<Adapter<'_>> {
         self.adapters
             .iter()
-            .map(|(name, digest, weight, factors)| Adapter {
-                name,
-                digest,
-                weight: *weight,
-                factors: factors.iter().map(|f| f.as_ref().map(OwnedFactors::view)).collect(),
+            .map(|(name, digest, weight, factors)| {
+                Adapter::new(name, digest, *weight, factors.iter().map(|f| f.as_ref().map(OwnedFactors::view)))
             })
             .collect()
     }
@@ -111,7 +108,7 @@ pub fn merge(strategy: &dyn AnyMergeStrategy, problem: &Problem, tile_rows: usiz
             LayerPlan::Factored(mut terms) => {
                 terms.sort_by_key(|term| term.adapter);
                 for term in terms {
-                    let factors = adapters.get(term.adapter).and_then(|a| a.factors[index]).ok_or_else(|| {
+                    let factors = adapters.get(term.adapter).and_then(|a| a.factors(index)).ok_or_else(|| {
                         Error::contract(format!("adapter {} does not change {}", term.adapter, layer.name))
                     })?;
                     add_term(&factors, &term.coefficients, layer, &mut delta)?;

@@ -17,11 +17,11 @@ pub fn check_law(law: Law, strategy: &dyn AnyMergeStrategy, problem: &Problem) -
             let mut alone = problem.choose(&[i]);
             alone.set_weights(&[1.0]);
             let adapter = &alone.adapters()[0];
-            let delta = |(factors, layer): (&Option<Factors<'_>>, &Layer)| match factors {
+            let delta = |(factors, layer): (Option<Factors<'_>>, &Layer)| match factors {
                 Some(factors) => factors.delta(0..layer.rows),
                 None => vec![0.0; layer.rows * layer.columns],
             };
-            let own: Vec<Vec<f32>> = adapter.factors.iter().zip(&alone.layers).map(delta).collect();
+            let own: Vec<Vec<f32>> = adapter.factors_by_layer().zip(&alone.layers).map(delta).collect();
             let what = format!("{} alone at weight 1 is not its own delta", adapter.name);
             compare(problem, &merge(strategy, &alone, 5)?, &own, &what)
         }),

@@ -12,7 +12,7 @@ use super::adamw::AdamW;
 use super::host::{ErasureMasks, LayerFactors, Parameters, Placement, Sample, TokenFactors, TrainHost, TrainState};
 use super::prior::Prior;
 use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
-use super::silence::{norm, with_made_up_words};
+use super::silence::{norm, silent_step};
 use super::templates;
 use crate::Partition;
 use crate::error::{Error, Result};
@@ -99,13 +99,8 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
         let mut loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
         if let Some(class) = &class {
-            let made_up = with_made_up_words(host, &state.parameters, class, step);
-            let batch = draw_silent_batch(host, recipe, &prior_pictures, step);
-            let erasure = Erasure { lambda: settings.silence.erasure, scope: ErasureScope::Sample, rescale: false };
-            let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), step);
-            let drift = host.drift_and_gradients(&made_up, &masks, &batch, &mut of_drift)?;
-            loss += settings.silence.weight * drift;
-            add_to_factors(&mut gradients, settings.silence.weight, &of_drift);
+            let drawn = (&state.parameters, class.as_slice(), prior_pictures.as_slice(), step);
+            loss += silent_step(host, recipe, drawn, &mut gradients, &mut of_drift)?;
         }
         if !loss.is_finite() {
             return Err(Error::not_finite("the loss", loss, step));
@@ -148,11 +143,11 @@ fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: Option<&Prior
 }
 
 /// A picture of the prior as the host knows it.
-struct PriorPicture {
-    index: usize,
-    prompt: String,
+pub(super) struct PriorPicture {
+    pub(super) index: usize,
+    pub(super) prompt: String,
     /// lambda.
-    weight: f32,
+    pub(super) weight: f32,
 }
 
 /// Has the host draw the pictures of the prior; none without one.
@@ -272,44 +267,8 @@ fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture],
     concept.chain(prior).collect()
 }
 
-/// Samples under which the adapter is to be silent: the concept's pictures and the prior's, with prompts that name a
-/// made-up concept, or, for some of the prior's, none.
-fn draw_silent_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture], step: usize) -> Vec<Sample> {
-    let settings = recipe.settings;
-    let captions = host.captions();
-    let draw = |lane: usize| {
-        let mut data = host.rng(Stream::Data, step, lane);
-        let own = data.below(captions.len());
-        let placement = draw_placement(&mut data, &settings.augmentation);
-        let named = match recipe.prompt {
-            Some(prompt) => prompt.to_owned(),
-            None => templates::prompt(&mut data, host.concept().kind, captions[own].as_deref(), settings.templates),
-        };
-        let of_prior = !prior.is_empty() && data.uniform() < 0.5;
-        let (picture, placement, prompt) = match of_prior.then(|| &prior[data.below(prior.len())]) {
-            None => (own, placement, named),
-            Some(PriorPicture { index, prompt, .. }) => {
-                let plain = data.uniform() < 0.5;
-                (*index, Placement::WHOLE, if plain { prompt.clone() } else { named })
-            }
-        };
-        draw_sample(host, settings, step, lane, (picture, placement, prompt, 1.0))
-    };
-    // Lanes behind those of the concept and of the prior.
-    (2 * settings.batch_size..3 * settings.batch_size).map(draw).collect()
-}
-
-/// gradients += weight * more, for the factors; made-up words have nothing to learn.
-fn add_to_factors(gradients: &mut Parameters, weight: f32, more: &Parameters) {
-    for (sum, more) in gradients.factors.iter_mut().zip(&more.factors) {
-        for (sum, more) in [(&mut sum.a, &more.a), (&mut sum.b, &more.b)] {
-            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += weight * more);
-        }
-    }
-}
-
 /// A sample with its random numbers.
-fn draw_sample(
+pub(super) fn draw_sample(
     host: &dyn TrainHost,
     settings: &ConceptSettings,
     step: usize,
@@ -331,7 +290,7 @@ fn draw_sample(
     Sample { picture, placement, prompt, timestep, noise, posterior, weight }
 }
 
-fn draw_placement(rng: &mut Rng, augmentation: &Augmentation) -> Placement {
+pub(super) fn draw_placement(rng: &mut Rng, augmentation: &Augmentation) -> Placement {
     let fill = rng.uniform() < augmentation.fill;
     let shrunk = augmentation.min_scale + (1.0 - augmentation.min_scale) * rng.uniform();
     Placement {

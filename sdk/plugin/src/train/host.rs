@@ -166,6 +166,32 @@ pub struct PictureRequest {
     pub guidance_scale: f32,
 }
 
+/// What a step's value and gradients are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objective {
+    /// [`TrainHost::loss_and_gradients`].
+    Loss,
+    /// [`TrainHost::drift_and_gradients`].
+    Drift,
+}
+
+impl Objective {
+    /// Asks `host` for it; arguments, result and errors are those of the method.
+    pub fn ask(
+        self,
+        host: &mut dyn TrainHost,
+        parameters: &Parameters,
+        masks: &ErasureMasks,
+        batch: &[Sample],
+        gradients: &mut Parameters,
+    ) -> Result<f32> {
+        match self {
+            Self::Loss => host.loss_and_gradients(parameters, masks, batch, gradients),
+            Self::Drift => host.drift_and_gradients(parameters, masks, batch, gradients),
+        }
+    }
+}
+
 /// The model and the data as a trainer sees them, and the services of its job.
 ///
 /// Threads: the methods of this trait are called from the thread that [`Trainer::train`](super::Trainer::train) was

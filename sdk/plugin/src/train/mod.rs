@@ -14,8 +14,8 @@ pub mod templates;
 pub use adamw::AdamW;
 pub use concept::{FrozenA, Recipe, StartA, Words, all_rows, draw_masks, rows_of, train_concept};
 pub use host::{
-    Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
-    TrainPlan, TrainState, check_parameters, check_step,
+    Concept, ErasureMasks, LayerFactors, Objective, Parameters, PictureRequest, Placement, Sample, TokenFactors,
+    TrainHost, TrainPlan, TrainState, check_parameters, check_step,
 };
 pub use prior::{Prior, PriorPreservation};
 pub use rates::RateSchedule;

@@ -12,8 +12,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::host::{Parameters, TrainHost};
-use super::settings::check_range;
+use super::concept::{PriorPicture, Recipe, draw_masks, draw_placement, draw_sample};
+use super::host::{Parameters, Placement, Sample, TrainHost};
+use super::settings::{Erasure, ErasureScope, check_range};
+use super::templates;
 use crate::error::Result;
 use crate::rng::{Rng, Stream};
 
@@ -44,16 +46,30 @@ impl Silence {
     }
 }
 
+/// Adds the silence of one step to `gradients`, those of the concept's loss, and returns what it adds to that loss:
+/// weight times the drift. `of_drift` is room for the drift's own gradients.
+pub(super) fn silent_step(
+    host: &mut dyn TrainHost,
+    recipe: &Recipe<'_>,
+    (parameters, class, prior, step): (&Parameters, &[f32], &[PriorPicture], usize),
+    gradients: &mut Parameters,
+    of_drift: &mut Parameters,
+) -> Result<f32> {
+    let Silence { weight, erasure } = recipe.settings.silence;
+    let made_up = with_made_up_words(host, parameters, class, step);
+    let batch = draw_silent_batch(host, recipe, prior, step);
+    let erasure = Erasure { lambda: erasure, scope: ErasureScope::Sample, rescale: false };
+    let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), step);
+    let drift = host.drift_and_gradients(&made_up, &masks, &batch, of_drift)?;
+    add_to_factors(gradients, weight, of_drift);
+    Ok(weight * drift)
+}
+
 /// The parameters with the words of a concept that nobody has taught: directions at random, of the lengths that learned
 /// words have.
 ///
 /// The first word says who it is and has little of the vocabulary in it; the second has grown out of a class word.
-pub(super) fn with_made_up_words(
-    host: &dyn TrainHost,
-    parameters: &Parameters,
-    class: &[f32],
-    step: usize,
-) -> Parameters {
+fn with_made_up_words(host: &dyn TrainHost, parameters: &Parameters, class: &[f32], step: usize) -> Parameters {
     let mut made_up = parameters.clone();
     for (index, token) in made_up.tokens.iter_mut().enumerate() {
         let mut rng = host.rng(Stream::Silence, step, index);
@@ -67,6 +83,42 @@ pub(super) fn with_made_up_words(
         }
     }
     made_up
+}
+
+/// Samples under which the adapter is to be silent: the concept's pictures and the prior's, with prompts that name a
+/// made-up concept, or, for some of the prior's, none.
+fn draw_silent_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture], step: usize) -> Vec<Sample> {
+    let settings = recipe.settings;
+    let captions = host.captions();
+    let draw = |lane: usize| {
+        let mut data = host.rng(Stream::Data, step, lane);
+        let own = data.below(captions.len());
+        let placement = draw_placement(&mut data, &settings.augmentation);
+        let named = match recipe.prompt {
+            Some(prompt) => prompt.to_owned(),
+            None => templates::prompt(&mut data, host.concept().kind, captions[own].as_deref(), settings.templates),
+        };
+        let of_prior = !prior.is_empty() && data.uniform() < 0.5;
+        let (picture, placement, prompt) = match of_prior.then(|| &prior[data.below(prior.len())]) {
+            None => (own, placement, named),
+            Some(PriorPicture { index, prompt, .. }) => {
+                let plain = data.uniform() < 0.5;
+                (*index, Placement::WHOLE, if plain { prompt.clone() } else { named })
+            }
+        };
+        draw_sample(host, settings, step, lane, (picture, placement, prompt, 1.0))
+    };
+    // Lanes behind those of the concept and of the prior.
+    (2 * settings.batch_size..3 * settings.batch_size).map(draw).collect()
+}
+
+/// gradients += weight * more, for the factors; made-up words have nothing to learn.
+fn add_to_factors(gradients: &mut Parameters, weight: f32, more: &Parameters) {
+    for (sum, more) in gradients.factors.iter_mut().zip(&more.factors) {
+        for (sum, more) in [(&mut sum.a, &more.a), (&mut sum.b, &more.b)] {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += weight * more);
+        }
+    }
 }
 
 fn random_direction(rng: &mut Rng, out: &mut [f32], length: f32) {

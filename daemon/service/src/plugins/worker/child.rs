@@ -12,7 +12,7 @@ use blocklora_sdk::manifest::PluginKind;
 use blocklora_sdk::merge::{AnyMergeStrategy, Coefficients, Layer, LayerPlan, Tile};
 use blocklora_sdk::sample::{AnySampler, Denoiser, NoiseSchedule};
 use blocklora_sdk::train::{
-    AnyTrainer, Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState,
+    AnyTrainer, Concept, ErasureMasks, Objective, Parameters, PictureRequest, Sample, TrainHost, TrainState,
 };
 use blocklora_sdk::{Code, Error, Job, LogLevel, Result};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -301,10 +301,9 @@ struct RemoteHost<'a> {
 crate::plugins::sample::job_by_field!(RemoteHost<'_>);
 
 impl RemoteHost<'_> {
-    /// The loss, or the drift, of a step.
     fn step(
         &self,
-        drift: bool,
+        objective: Objective,
         parameters: &Parameters,
         masks: &ErasureMasks,
         batch: &[Sample],
@@ -314,6 +313,7 @@ impl RemoteHost<'_> {
         let wire = m::put_parameters(parameters, &mut payload);
         masks.iter().for_each(|mask| payload.put(mask));
         let batch = batch.iter().map(|sample| m::put_sample(sample, &mut payload)).collect();
+        let drift = objective == Objective::Drift;
         let (reply, mut answer) =
             self.job.link.ask(&Call::Loss { drift, parameters: wire, masks: masks.len(), batch }, &payload)?;
         gradients.clone_from(parameters);
@@ -368,7 +368,7 @@ impl TrainHost for RemoteHost<'_> {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
-        self.step(false, parameters, masks, batch, gradients)
+        self.step(Objective::Loss, parameters, masks, batch, gradients)
     }
     fn drift_and_gradients(
         &mut self,
@@ -377,7 +377,7 @@ impl TrainHost for RemoteHost<'_> {
         batch: &[Sample],
         gradients: &mut Parameters,
     ) -> Result<f32> {
-        self.step(true, parameters, masks, batch, gradients)
+        self.step(Objective::Drift, parameters, masks, batch, gradients)
     }
     fn resume(&mut self) -> Result<Option<TrainState>> {
         match self.job.link.ask(&Call::Resume, &Payload::default())? {

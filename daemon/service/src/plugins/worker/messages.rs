@@ -142,7 +142,7 @@ pub fn put_adapters(
 ) -> Vec<WireAdapter> {
     let wire = |adapter: &Adapter<'_>| {
         let mut put = |index: usize| {
-            let f = adapter.factors.get(index).copied().flatten()?;
+            let f = adapter.factors(index)?;
             payload.put(f.a);
             payload.put(f.b);
             payload.put_rows(f.rows);
@@ -157,7 +157,7 @@ pub fn put_adapters(
 
 /// The memory that an adapter's factors take.
 pub fn factor_bytes(adapter: &Adapter<'_>) -> u64 {
-    let numbers = adapter.factors.iter().flatten().map(|f| f.a.len() + f.b.len() + f.rows.len());
+    let numbers = adapter.factors_by_layer().flatten().map(|f| f.a.len() + f.b.len() + f.rows.len());
     4 * numbers.sum::<usize>() as u64
 }
 
@@ -210,7 +210,7 @@ impl OwnedAdapter {
                 *place = Some(Factors { a, b, rows, rank: *rank, scale: *scale });
             }
         }
-        Adapter { name: &self.head.name, digest: &self.head.digest, weight: self.head.weight, factors }
+        Adapter::new(&self.head.name, &self.head.digest, self.head.weight, factors)
     }
 }
 

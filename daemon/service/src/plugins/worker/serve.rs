@@ -1,7 +1,7 @@
 //! The host's answers to a worker's calls.
 
 use blocklora_sdk::sample::Denoiser;
-use blocklora_sdk::train::{ErasureMasks, Parameters, PictureRequest, TrainHost, check_parameters};
+use blocklora_sdk::train::{ErasureMasks, Objective, Parameters, PictureRequest, TrainHost, check_parameters};
 use blocklora_sdk::{Error, Job, LogLevel, Result};
 
 use super::messages::{self as m, Call, Reply};
@@ -141,11 +141,8 @@ fn train(
             let samples = batch.into_iter().map(|sample| m::take_sample(sample, numbers));
             let batch = samples.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
             blocklora_sdk::train::check_step(host.latent_shape(), &parameters, &masks, &batch)?;
-            let loss = if drift {
-                host.drift_and_gradients(&parameters, &masks, &batch, gradients)?
-            } else {
-                host.loss_and_gradients(&parameters, &masks, &batch, gradients)?
-            };
+            let objective = if drift { Objective::Drift } else { Objective::Loss };
+            let loss = objective.ask(host, &parameters, &masks, &batch, gradients)?;
             gradients.tensors().for_each(|tensor| out.put(tensor));
             return Ok(Reply::Loss(loss));
         }
