@@ -153,7 +153,7 @@ async fn draw_all(
     let daemon = daemon::connect(options, State::Temporary).await?;
     let model = choose_model(&daemon, model_args).await?;
     let members = Members::new(&daemon, &model, with).await?;
-    members.check_prompt("", &model)?;
+    members.check_model(&model)?;
     let adapters = members.entries();
     let merge = async |adapters: &[Adapter]| {
         let (strategy, strategy_config) = set::strategy(&args.set)?;

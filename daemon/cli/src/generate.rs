@@ -14,8 +14,9 @@ use crate::terminal::{Preview, Screen};
 
 /// Draw a prompt, with any number of concepts merged into the model
 ///
-/// The prompt names a concept in angle brackets: "<milo> and <zuko> on the beach". Every PNG holds the settings that
-/// made it; the same settings give the same picture, and `--like` draws it again from them.
+/// The prompt names a concept in angle brackets: "<milo> and <zuko> on the beach". Concepts of the library need no --with.
+/// Every PNG holds the settings that made it; the same settings give the same picture, and `--like` draws it again from
+/// them.
 #[derive(clap::Args)]
 pub struct Args {
     /// What to draw
@@ -81,8 +82,11 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let files = paths.iter().map(|p| OutputFile::create(p)).collect::<anyhow::Result<Vec<_>>>()?;
     let recipe = args.like.as_deref().map(|picture| like::read(picture, &args.with)).transpose()?;
     let with = recipe.as_ref().map_or(&args.with, |recipe| &recipe.with);
-    set::check_files(with)?;
-    let (generated, mut pictures) = daemon::run(draw(args, options, recipe.as_ref(), with))?;
+    let concepts = set::check_files(with)?;
+    let request = request(args, recipe.as_ref())?;
+    let negative = request.negative_prompt.as_deref().unwrap_or_default();
+    let state = set::state_for(with, &concepts, &format!("{} {negative}", request.prompt));
+    let (generated, mut pictures) = daemon::run(draw(args, (options, state), recipe.as_ref(), with, request))?;
     let artefacts = output::artefacts(&args.output, &mut pictures)?;
     output::write_all(files.into_iter().zip(pictures.into_iter().map(|file| file.bytes)).collect())?;
     if args.json {
@@ -125,21 +129,23 @@ fn request(args: &Args, recipe: Option<&Recipe>) -> anyhow::Result<Generate> {
 
 async fn draw(
     args: &Args,
-    options: &daemon::Options,
+    (options, state): (&daemon::Options, daemon::State),
     recipe: Option<&Recipe>,
     with: &[WeightedFile],
+    mut request: Generate,
 ) -> anyhow::Result<(Generated, Vec<ResultFile>)> {
-    let daemon = daemon::connect(options, set::state_for(with)).await?;
+    let daemon = daemon::connect(options, state).await?;
     let wanted = recipe.map(Recipe::precision);
     let model_args = ModelArgs { precision: args.model.precision.or(wanted), ..args.model.clone() };
     let model = choose_model(&daemon, &model_args).await?;
     if let Some(recipe) = recipe {
         recipe.check_model(&model)?;
     }
-    let members = Members::new(&daemon, &model, with).await?;
-    let mut request = request(args, recipe)?;
-    members.check_prompt(&request.prompt, &model)?;
-    members.check_prompt(request.negative_prompt.as_deref().unwrap_or_default(), &model)?;
+    let mut members = Members::new(&daemon, &model, with).await?;
+    members.check_model(&model)?;
+    for prompt in std::iter::once(&request.prompt).chain(&request.negative_prompt) {
+        members.add_named(&daemon, &model, prompt).await?;
+    }
     request.target = Some(model.model.path().clone().into());
     request.adapters = members.entries();
     let job = daemon.client.generate(&request).await?;

@@ -68,10 +68,10 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
 }
 
 async fn bake(args: &Args, options: &daemon::Options, folder: &OutputFolder) -> anyhow::Result<(Merged, Baked)> {
-    let daemon = daemon::connect(options, set::state_for(&args.files)).await?;
+    let daemon = daemon::connect(options, set::state_for(&args.files, &[], "")).await?;
     let model = choose_model(&daemon, &ModelArgs { base: args.base.clone(), precision: None }).await?;
     let members = Members::new(&daemon, &model, &args.files).await?;
-    members.check_prompt("", &model)?;
+    members.check_model(&model)?;
     let (strategy, strategy_config) = set::strategy(&args.set)?;
     let request = Merge {
         strategy: strategy.unwrap_or_default(),

@@ -126,14 +126,17 @@ fn the_library_keeps_what_is_added() {
     assert_eq!(slots.as_array().unwrap().len(), 2);
     let map = String::from_utf8(run(&["slots"]).stdout).unwrap();
     assert!(map.contains("milo") && map.contains("16 slots"), "{map}");
-    // Drawn by name, it is what the file draws.
-    let [by_file, by_name] = ["file.png", "name.png"].map(|name| path.join(name));
-    let draw = |with: &str, to: &Path| {
-        let output = run(&["generate", "<milo>", "--with", with, "--steps", "2", "-o", text(to)]);
+    // Drawn by name, in the prompt alone or given, it is what the file draws.
+    let draw = |with: &[&str], to: &Path| {
+        let output = run(&[&["generate", "<milo>", "--steps", "2", "-o", text(to)], with].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         std::fs::read(to).unwrap()
     };
-    assert!(draw(text(&milo), &by_file) == draw("milo", &by_name));
+    let by_file = draw(&["--with", text(&milo)], &path.join("file.png"));
+    assert!(by_file == draw(&["--with", "milo"], &path.join("name.png")));
+    assert!(by_file == draw(&[], &path.join("prompt.png")));
+    let unknown = run(&["generate", "<milo> and <nobody>", "-o", text(&path.join("x.png"))]);
+    is_one_clear_line(&unknown, 1, &["<nobody>", "<milo>", "library"]);
     let exported = path.join("exported.safetensors");
     assert!(run(&["adapters", "export", &digest[..12], "-o", text(&exported)]).status.success());
     assert!(std::fs::read(&exported).unwrap() == std::fs::read(&milo).unwrap());
