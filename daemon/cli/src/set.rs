@@ -75,7 +75,8 @@ impl Members {
                 Err(error) if error.kind() == Some(ErrorKind::AdapterNotFound) => {
                     let given = self.0.iter().map(|m| &m.state.name).chain(built_in.iter().map(|c| &c.name));
                     let given: Vec<String> = given.map(|name| format!("<{name}>")).collect();
-                    let given = if given.is_empty() { String::new() } else { format!(" (given: {})", given.join(", ")) };
+                    let given =
+                        if given.is_empty() { String::new() } else { format!(" (given: {})", given.join(", ")) };
                     bail!(
                         "the prompt names <{name}>, which is neither given{given} nor a concept of the library: add \
                          --with FILE; {error}"

@@ -48,10 +48,14 @@ impl MergeStrategy for Blocklora {
             Normalise::Owners => adapters.iter().map(|adapter| adapter.weight).collect(),
             Normalise::Sum1 => weights_summing_to_one(adapters)?,
         };
+        // Thousands of pairs of layer and adapter: their lists are made once.
+        let mut owned: Vec<(usize, &[u32])> = Vec::with_capacity(adapters.len());
+        let mut spans = Vec::with_capacity(adapters.len());
         let plan_layer = |(index, layer): (usize, &Layer)| {
-            let owned: Vec<(usize, &[u32])> = present(adapters, index).map(|(i, _, f)| (i, f.rows)).collect();
+            owned.clear();
+            owned.extend(present(adapters, index).map(|(i, _, f)| (i, f.rows)));
             let term = |adapter, coefficients| Term { adapter, coefficients };
-            if are_disjoint(layer.rows, owned.iter().map(|(_, rows)| *rows)) {
+            if are_disjoint(layer.rows, owned.iter().map(|(_, rows)| *rows), &mut spans) {
                 let terms = owned.iter().map(|&(i, _)| term(i, Coefficients::Uniform(alphas[i])));
                 return Ok(LayerPlan::Factored(terms.collect()));
             }
@@ -71,10 +75,11 @@ impl MergeStrategy for Blocklora {
     }
 }
 
-/// Whether no row of a layer's `m` is in two of the ascending lists.
-fn are_disjoint<'a>(m: usize, lists: impl Iterator<Item = &'a [u32]> + Clone) -> bool {
+/// Whether no row of a layer's `m` is in two of the ascending lists; `spans` is room to work in.
+fn are_disjoint<'a>(m: usize, lists: impl Iterator<Item = &'a [u32]> + Clone, spans: &mut Vec<(u32, u32)>) -> bool {
     // Blocks one after the other need no look at every row.
-    let mut spans: Vec<(u32, u32)> = lists.clone().filter_map(|rows| Some((*rows.first()?, *rows.last()?))).collect();
+    spans.clear();
+    spans.extend(lists.clone().filter_map(|rows| Some((*rows.first()?, *rows.last()?))));
     spans.sort_unstable();
     spans.windows(2).all(|pair| pair[0].1 < pair[1].0) || count_owners(m, lists).iter().all(|&count| count <= 1)
 }
