@@ -102,7 +102,11 @@ impl Setup {
     fn gradients_by_stretch(&self, checkpointing: bool) -> (f32, Vec<Tensor>) {
         let (adapters, context) = self.adapters_and_context();
         let with = Forward { adapters: &adapters, recorder: None };
-        let loss = |output: &Tensor| Ok((output - tensor("target", &LATENTS))?.sqr()?.mean_all()?);
+        let target = tensor("target", &LATENTS);
+        let loss = |output: &Tensor, samples: std::ops::Range<usize>| {
+            let error = (output - target.narrow(0, samples.start, samples.len())?)?;
+            Ok((error.sqr()?.sum_all()? / target.elem_count() as f64)?)
+        };
         let unet = self.model.unet();
         let (loss, mut found) = unet
             .loss_and_gradients(&tensor("latents", &LATENTS), &TIMESTEPS, &context, &with, &loss, checkpointing)

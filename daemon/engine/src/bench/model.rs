@@ -1,5 +1,6 @@
 //! `bench unet`, `vae`, `text` and `step`: the parts of a model, on inputs that any other program can make, too.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor, Var};
@@ -133,7 +134,10 @@ pub fn step(
         let layers = model.cross_attention_layers();
         let contexts = (0..layers).map(|layer| encoded.narrow(0, layer * batch, batch)?.contiguous());
         let context = Conditioning::LayerWise(contexts.collect::<candle_core::Result<_>>()?);
-        let loss_of = |predicted: &Tensor| Ok((predicted - &target)?.sqr()?.mean_all()?);
+        let loss_of = |predicted: &Tensor, samples: Range<usize>| {
+            let error = (predicted - target.narrow(0, samples.start, samples.len())?)?;
+            Ok((error.sqr()?.sum_all()? / target.elem_count() as f64)?)
+        };
         let unet = model.unet();
         let (value, mut gradients) =
             unet.loss_and_gradients(&latents, &timesteps, &context, &with, &loss_of, checkpointing)?;

@@ -10,7 +10,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, TensorId, Var};
 
 use super::unet::Segment;
-use super::{Conditioning, Forward, TrainingAdapter, UNet};
+use super::{Conditioning, Forward, LossOf, TrainingAdapter, UNet};
 use crate::error::Result;
 
 /// Gradients by the tensor that they belong to.
@@ -25,12 +25,8 @@ impl Gradients {
 
     /// Follows the gradients of the encodings in `context` into the graph that made them, to `leaves`.
     pub fn follow<'a>(&mut self, context: &Conditioning, leaves: impl Iterator<Item = &'a Tensor>) -> Result<()> {
-        let encodings: Vec<&Tensor> = match context {
-            Conditioning::Shared(encoding) => vec![encoding],
-            Conditioning::LayerWise(encodings) => encodings.iter().collect(),
-        };
         let mut total: Option<Tensor> = None;
-        for encoding in encodings {
+        for encoding in context.encodings() {
             if let Some(gradient) = self.get(encoding) {
                 let product = (encoding * gradient)?.sum_all()?;
                 total = Some(match total {
@@ -45,7 +41,7 @@ impl Gradients {
         }
     }
 
-    fn add(&mut self, tensor: &Tensor, gradient: &Tensor) -> Result<()> {
+    pub(super) fn add(&mut self, tensor: &Tensor, gradient: &Tensor) -> Result<()> {
         let sum = match self.0.remove(&tensor.id()) {
             Some(before) => (before + gradient)?,
             None => gradient.clone(),
@@ -76,17 +72,36 @@ struct Leaves {
     output: Option<Tensor>,
 }
 
-fn factors(adapters: &[Option<TrainingAdapter>]) -> impl Iterator<Item = &Tensor> {
+/// The tensors of `adapters` that gradients may be of.
+pub(super) fn factors(adapters: &[Option<TrainingAdapter>]) -> impl Iterator<Item = &Tensor> {
     adapters.iter().flatten().flat_map(|adapter| [&adapter.a, &adapter.b])
 }
 
 impl UNet {
     /// The loss of the prediction, and the gradients of the factors in `with` and of the encodings in `context`.
     ///
-    /// `loss` turns the prediction into a scalar. With `checkpointing` the inside of each stretch is computed twice;
+    /// `loss` turns predictions into a scalar; that of a batch is the sum of its samples'. With `checkpointing` the inside of each stretch is computed twice;
     /// without, all of it is kept. The encodings' own graph, if they have one, is not followed: continue it with
     /// [`Gradients::get`] of each encoding.
     pub fn loss_and_gradients(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Conditioning,
+        with: &Forward,
+        loss: &LossOf,
+        checkpointing: bool,
+    ) -> Result<(f32, Gradients)> {
+        if self.goes_by_samples(latents, with)? {
+            self.check(latents, timesteps, context)?;
+            return self.loss_and_gradients_each(latents, timesteps, context, with.adapters, loss, checkpointing);
+        }
+        let loss = |predicted: &Tensor| loss(predicted, 0..timesteps.len());
+        self.loss_and_gradients_all(latents, timesteps, context, with, &loss, checkpointing)
+    }
+
+    /// [`Self::loss_and_gradients`] of the whole batch, layer by layer.
+    pub(super) fn loss_and_gradients_all(
         &self,
         latents: &Tensor,
         timesteps: &[f32],
@@ -96,10 +111,7 @@ impl UNet {
         checkpointing: bool,
     ) -> Result<(f32, Gradients)> {
         let temb = self.check_and_embed(latents, timesteps, context)?.detach();
-        let originals: Vec<&Tensor> = match context {
-            Conditioning::Shared(encoding) => vec![encoding],
-            Conditioning::LayerWise(encodings) => encodings.iter().collect(),
-        };
+        let originals = context.encodings();
         let encodings = originals
             .iter()
             .map(|encoding| Var::from_tensor(&encoding.detach()))

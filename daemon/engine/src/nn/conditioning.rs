@@ -26,6 +26,14 @@ impl Conditioning {
         }
     }
 
+    /// All encodings; one where it is shared.
+    pub fn encodings(&self) -> &[Tensor] {
+        match self {
+            Self::Shared(encoding) => std::slice::from_ref(encoding),
+            Self::LayerWise(encodings) => encodings,
+        }
+    }
+
     /// Number of prompts B.
     pub fn batch(&self) -> Result<usize> {
         self.layer(0)?.dim(0)

@@ -200,6 +200,21 @@ impl UNet {
         context: &Conditioning,
         with: &Forward,
     ) -> Result<Tensor> {
+        if self.goes_by_samples(latents, with)? {
+            self.check(latents, timesteps, context)?;
+            return self.forward_each(latents, timesteps, context, with.adapters);
+        }
+        self.forward_all(latents, timesteps, context, with)
+    }
+
+    /// [`Self::forward`] of the whole batch, layer by layer.
+    pub(super) fn forward_all(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Conditioning,
+        with: &Forward,
+    ) -> Result<Tensor> {
         let temb = self.check_and_embed(latents, timesteps, context)?;
         let mut h = latents.clone();
         let mut skips: Vec<Tensor> = Vec::new();
@@ -275,13 +290,19 @@ impl UNet {
         })
     }
 
-    /// Checks that one timestep and one prompt is there for each of `latents`, and embeds the timesteps.
+    /// Checks, and embeds the timesteps.
     pub(super) fn check_and_embed(
         &self,
         latents: &Tensor,
         timesteps: &[f32],
         context: &Conditioning,
     ) -> Result<Tensor> {
+        self.check(latents, timesteps, context)?;
+        self.time_embedding(timesteps, latents.device())
+    }
+
+    /// Checks that one timestep and one prompt is there for each of `latents`.
+    pub(super) fn check(&self, latents: &Tensor, timesteps: &[f32], context: &Conditioning) -> Result<()> {
         let batch = latents.dims4()?.0;
         self.check_batch("timesteps", timesteps.len(), batch)?;
         self.check_batch("conditioning", context.batch()?, batch)?;
@@ -292,7 +313,7 @@ impl UNet {
                 format!("the UNet has {} cross-attentions, one encoding is needed for each", self.cross_attentions);
             return Err(Error::option("layer-wise conditioning", encodings.len(), reason));
         }
-        self.time_embedding(timesteps, latents.device())
+        Ok(())
     }
 
     /// `Timesteps` and `TimestepEmbedding`: sinusoids of `timesteps`, then two Linears -> [B, 4 * first width].

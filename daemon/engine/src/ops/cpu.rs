@@ -4,7 +4,7 @@
 //! Invariant: no result depends on the number of threads. A task computes whole output elements, each summed in an
 //! order that the shapes alone decide.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 
@@ -12,8 +12,8 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, StorageRef
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// Work below this many elementary steps is not worth a second thread.
-const PARALLEL_FROM: usize = 1 << 15;
+/// Work below this many elementary steps, about a tenth of a millisecond, is not worth waking a second thread.
+pub(crate) const PARALLEL_FROM: usize = 1 << 22;
 
 /// Whether the kernels apply: f32 on the CPU.
 pub(super) fn applies(x: &Tensor) -> bool {
@@ -143,9 +143,34 @@ pub(super) fn scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
+thread_local! {
+    /// Whether this thread computes a sample of its own.
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a kernel may use other threads.
+fn may_share() -> bool {
+    !ALONE.get() && rayon::current_num_threads() > 1
+}
+
+/// The results of `f` for each of `count` samples, each on a thread alone: where the layers of a network are too small to
+/// be shared out, its samples are.
+pub(crate) fn side_by_side<T: Send, E: Send>(
+    count: usize,
+    f: impl Fn(usize) -> std::result::Result<T, E> + Sync + Send,
+) -> std::result::Result<Vec<T>, E> {
+    let sample = |i| {
+        let before = ALONE.replace(true);
+        let result = f(i);
+        ALONE.set(before);
+        result
+    };
+    (0..count).into_par_iter().with_max_len(1).map(sample).collect()
+}
+
 /// Runs `task(0..tasks)`, on all threads if `work` elementary steps in all are worth it.
 pub(super) fn parallel(tasks: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
-    if tasks > 1 && work >= PARALLEL_FROM && rayon::current_num_threads() > 1 {
+    if tasks > 1 && work >= PARALLEL_FROM && may_share() {
         (0..tasks).into_par_iter().for_each(task);
     } else {
         (0..tasks).for_each(task);
@@ -267,7 +292,7 @@ pub(super) fn matmul(to: MatrixMut, keep: bool, a: Matrix, b: Matrix, factor: f3
         return;
     }
     let parallelism = match threads {
-        Threads::All if rayon::current_num_threads() > 1 => gemm::Parallelism::Rayon(0),
+        Threads::All if may_share() && to.rows * to.columns * a.columns >= PARALLEL_FROM => gemm::Parallelism::Rayon(0),
         _ => gemm::Parallelism::None,
     };
     // SAFETY: the constructors checked that every element lies in its slice; `to` is unaliased.

@@ -27,6 +27,7 @@ mod winograd;
 
 pub use attention::attention;
 pub use conv2d::conv2d;
+pub(crate) use cpu::{PARALLEL_FROM, side_by_side};
 pub use elementwise::{gelu, quick_gelu, silu};
 pub use frozen::Frozen;
 pub use geglu::geglu;

@@ -213,9 +213,10 @@ impl<'a> EngineHost<'a> {
             Target::Base => self.base_prediction(&noised, &timesteps, &prompts, &vectors)?,
         };
         let weights = Tensor::cat(&weights, 0)?;
-        let loss_of = |predicted: &Tensor| {
-            let error = (predicted - &targets)?.sqr()?;
-            Ok((error.broadcast_mul(&weights)?.sum_all()? / batch.len() as f64)?)
+        let loss_of = |predicted: &Tensor, samples: Range<usize>| {
+            let part = |all: &Tensor| all.narrow(0, samples.start, samples.len());
+            let error = (predicted - part(&targets)?)?.sqr()?;
+            Ok((error.broadcast_mul(&part(&weights)?)?.sum_all()? / batch.len() as f64)?)
         };
         let (loss, mut found) =
             self.model.unet().loss_and_gradients(&noised, &timesteps, &context, &with, &loss_of, self.checkpointing)?;
