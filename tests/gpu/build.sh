@@ -47,7 +47,7 @@ driver=$home/lib64/libcuda.so
 if [ ! -e "$driver" ]; then
     # Every function that the bindings of cudarc declare, as an empty one: what links needs no more.
     cargo fetch --locked --quiet
-    cargo metadata --locked --offline --format-version 1 | python3 -c '
+    cargo metadata --locked --offline --all-features --format-version 1 | python3 -c '
 import json, pathlib, re, sys
 package = next(p for p in json.load(sys.stdin)["packages"] if p["name"] == "cudarc")
 bindings = pathlib.Path(package["manifest_path"]).with_name("src") / "driver/sys/mod.rs"
