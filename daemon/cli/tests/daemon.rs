@@ -179,3 +179,23 @@ fn a_daemon_that_is_not_there_is_exit_code_3() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stdout).contains("-> "));
 }
+
+#[test]
+fn every_bundled_plugin_passes_plugin_check() {
+    let folder = temporary();
+    let built = Path::new(common::BLOCKLORA).parent().unwrap();
+    let mut checked = 0;
+    for plugin in Path::new(env!("CARGO_MANIFEST_DIR")).join("../../plugins").read_dir().unwrap() {
+        let plugin = plugin.unwrap().path();
+        let manifest = plugin.join(plugin.file_name().unwrap()).with_extension("toml");
+        let Ok(said) = std::fs::read_to_string(&manifest) else { continue };
+        let library = said.parse::<toml::Table>().unwrap()["library"].as_str().unwrap().to_owned();
+        std::fs::copy(&manifest, folder.path().join(manifest.file_name().unwrap())).unwrap();
+        let copy = folder.path().join(&library);
+        std::fs::copy(built.join(&library), &copy).unwrap();
+        let report = json(&common::blocklora(["plugin", "check", text(&copy), "--json"]));
+        assert!(report["tests"].as_array().unwrap().len() > 5, "{report}");
+        checked += 1;
+    }
+    assert!(checked >= 17, "{checked} plugins found");
+}
