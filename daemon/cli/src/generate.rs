@@ -50,7 +50,7 @@ pub struct Args {
     /// Sampling steps [default: 20]
     #[arg(long, value_name = "N", help_heading = "Sampling", value_parser = clap::value_parser!(u16).range(1..=1000))]
     steps: Option<u16>,
-    /// How closely to follow the prompt; 1 is no guidance [default: 7.5]
+    /// How closely to follow the prompt; 1 is no guidance [default: the model's own, usually 7.5]
     #[arg(long, value_name = "SCALE", help_heading = "Sampling", allow_negative_numbers = true)]
     guidance: Option<f32>,
     /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list` [default: dpmpp-2m]

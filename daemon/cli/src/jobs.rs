@@ -145,7 +145,7 @@ async fn follow(daemon: &Daemon, args: &Watch) -> anyhow::Result<()> {
         return Ok(());
     }
     watch::look_on(&job, "working").await?;
-    Ok(())
+    Ok(output::print(&format!("{}: {}\n", args.job, job.state().await?.state))?)
 }
 
 async fn cancel(daemon: &Daemon, args: &Cancel) -> anyhow::Result<()> {

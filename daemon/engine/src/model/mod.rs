@@ -1,6 +1,7 @@
 //! A Stable Diffusion model in memory: a diffusers folder, checked, with every Linear that adapters may change listed.
 
 pub mod config;
+mod defaults;
 mod folder;
 mod save;
 
@@ -13,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 pub use config::Prediction;
 use config::{SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
+pub use defaults::Defaults;
 pub use folder::{Component, ModelIndex};
 
 use crate::error::{Error, Result};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Component, Model, ModelIndex};
+use super::{Component, Defaults, Model, ModelIndex};
 use crate::error::{Error, Result};
 use crate::nn::LayerId;
 use crate::weights::WeightView;
@@ -28,7 +28,10 @@ impl Model {
         let index = ModelIndex::open(self.dir())?;
         for entry in read_dir(self.dir())? {
             let name = entry.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-            let goes_along = name == "model_index.json" || name.starts_with("license") || name.starts_with("readme");
+            let goes_along = name == "model_index.json"
+                || name == Defaults::FILE
+                || name.starts_with("license")
+                || name.starts_with("readme");
             if goes_along && entry.is_file() {
                 copy_into(&entry, &partial.path)?;
             }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use blocklora_engine::model::Defaults;
 use tokio::sync::oneshot;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -100,13 +101,17 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
         v if (1..=most).contains(&v) => Ok(v as usize),
         v => Err(Error::option(format!("{name} = {v}: must be 1 to {most}"))),
     };
+    let guidance_scale = match params.f64("guidance_scale")? {
+        Some(scale) => scale as f32,
+        None => Defaults::of(&call.daemon.model(&model)?.path).map_err(Error::from)?.guidance_scale,
+    };
     let work = Generate {
         model,
         set,
         prompt,
         negative_prompt: params.string("negative_prompt")?.unwrap_or_default(),
         steps: range("steps", params.u32("steps")?.unwrap_or(20), 1000)?,
-        guidance_scale: params.f64("guidance_scale")?.unwrap_or(7.5) as f32,
+        guidance_scale,
         sampler: params.string("sampler")?.unwrap_or_else(|| call.daemon.config().plugins.sampler.clone()),
         sampler_config: params.object("sampler_config")?.unwrap_or_default(),
         seed: params.u64("seed")?.unwrap_or(0),
