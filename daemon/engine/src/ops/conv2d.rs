@@ -60,6 +60,12 @@ const TILE: usize = 1 << 18;
 const SMALL: usize = 128;
 /// until there are so many.
 const GROUP: usize = 128;
+/// Tasks of a convolution of large work on few positions, which is then shared out by outputs, too.
+const TASKS: usize = 8;
+/// What counts as large, in multiplications.
+const LARGE: usize = 1 << 26;
+/// Outputs that such a task has at least.
+const OUTPUTS: usize = 128;
 
 impl Conv2d {
     /// Whether an image is its own unfolding.
@@ -86,27 +92,36 @@ impl Conv2d {
         self.batch * self.outputs * self.channels * self.geometry.taps() * self.geometry.positions()
     }
 
+    /// How many outputs a task computes if there are `tiles` of positions.
+    fn outputs_of_task(&self, tiles: usize) -> usize {
+        let parts = if self.work() < LARGE { 1 } else { (TASKS / tiles).clamp(1, self.outputs.div_ceil(OUTPUTS)) };
+        self.outputs.div_ceil(parts)
+    }
+
     /// y = W unfold(x) + bias for a tile of one image's positions at a time.
     fn by_positions(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
         let (g, outputs) = (&self.geometry, self.outputs);
         let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
         let columns = (TILE / depth.max(1)).clamp(64, 256);
         let tiles = positions.div_ceil(columns);
-        let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
-        parallel(self.batch * tiles, self.work(), |task| {
-            let (image, tile) = (task / tiles, task % tiles);
+        let (count, y) = (self.outputs_of_task(self.batch * tiles), Shared::new(y));
+        let parts = outputs.div_ceil(count);
+        parallel(self.batch * tiles * parts, self.work(), |task| {
+            let (tile, first) = (task / parts, task % parts * count);
+            let (image, tile, count) = (tile / tiles, tile % tiles, count.min(outputs - first));
+            let weight = Matrix::new(&weight[first * depth..], count, depth);
             let (start, end) = (tile * columns, positions.min((tile + 1) * columns));
             let x = &x[image * self.channels * pixels..(image + 1) * self.channels * pixels];
-            let first = image * outputs * positions + start;
-            for (output, &bias) in self.bias.iter().enumerate() {
-                let row = first + output * positions;
-                // SAFETY: each task has its own positions.
+            let at = (image * outputs + first) * positions + start;
+            for (output, &bias) in self.bias[first..first + count].iter().enumerate() {
+                let row = at + output * positions;
+                // SAFETY: each task has its own positions of its own outputs.
                 #[allow(unsafe_code)]
                 unsafe { y.slice(row..row + end - start) }.fill(bias);
             }
-            // SAFETY: each task has its own positions.
+            // SAFETY: each task has its own positions of its own outputs.
             #[allow(unsafe_code)]
-            let y = unsafe { y.matrix(first, outputs, end - start, positions) };
+            let y = unsafe { y.matrix(at, count, end - start, positions) };
             if self.is_pointwise() {
                 let x = Matrix::strided(&x[start..], depth, end - start, positions);
                 return matmul(y, true, weight, x, 1.0, Threads::One);
@@ -125,13 +140,14 @@ impl Conv2d {
         let (g, outputs) = (&self.geometry, self.outputs);
         let (depth, positions, pixels) = (self.channels * g.taps(), g.positions(), g.height * g.width);
         let images = (GROUP / positions).clamp(1, self.batch);
-        let (weight, y) = (Matrix::new(weight, outputs, depth), Shared::new(y));
-        parallel(self.batch.div_ceil(images), self.work(), |tile| {
+        let tiles = self.batch.div_ceil(images);
+        let (count, y) = (self.outputs_of_task(tiles), Shared::new(y));
+        let parts = outputs.div_ceil(count);
+        parallel(tiles * parts, self.work(), |task| {
+            let (tile, first) = (task / parts, task % parts * count);
             let (start, end) = (tile * images, self.batch.min((tile + 1) * images));
-            let columns = (end - start) * positions;
-            // SAFETY: each task has its own images.
-            #[allow(unsafe_code)]
-            let y = unsafe { y.slice(start * outputs * positions..end * outputs * positions) };
+            let (columns, count) = ((end - start) * positions, count.min(outputs - first));
+            let weight = Matrix::new(&weight[first * depth..], count, depth);
             scratch(depth * columns, |unfolded| {
                 for image in start..end {
                     for channel in 0..self.channels {
@@ -140,14 +156,16 @@ impl Conv2d {
                         unfold(g, x, 0..positions, rows, columns);
                     }
                 }
-                scratch(outputs * columns, |product| {
+                scratch(count * columns, |product| {
                     let unfolded = Matrix::new(unfolded, depth, columns);
-                    matmul(MatrixMut::new(product, outputs, columns), false, weight, unfolded, 1.0, Threads::One);
-                    for (i, y) in y.chunks_exact_mut(positions).enumerate() {
-                        let (image, output) = (i / outputs, i % outputs);
-                        let product = &product[output * columns + image * positions..][..positions];
-                        for (y, &product) in y.iter_mut().zip(product) {
-                            *y = product + self.bias[output];
+                    matmul(MatrixMut::new(product, count, columns), false, weight, unfolded, 1.0, Threads::One);
+                    for (output, product) in product.chunks_exact(columns).enumerate() {
+                        for (image, product) in (start..end).zip(product.chunks_exact(positions)) {
+                            let at = (image * outputs + first + output) * positions;
+                            // SAFETY: each task has its own outputs of its own images.
+                            #[allow(unsafe_code)]
+                            let y = unsafe { y.slice(at..at + positions) };
+                            y.iter_mut().zip(product).for_each(|(y, sum)| *y = sum + self.bias[first + output]);
                         }
                     }
                 });
