@@ -80,9 +80,9 @@ pub(super) fn factors(adapters: &[Option<TrainingAdapter>]) -> impl Iterator<Ite
 impl UNet {
     /// The loss of the prediction, and the gradients of the factors in `with` and of the encodings in `context`.
     ///
-    /// `loss` turns predictions into a scalar; that of a batch is the sum of its samples'. With `checkpointing` the inside of each stretch is computed twice;
-    /// without, all of it is kept. The encodings' own graph, if they have one, is not followed: continue it with
-    /// [`Gradients::get`] of each encoding.
+    /// `loss` turns predictions into a scalar; that of a batch is the sum of its samples'. With `checkpointing` the inside
+    /// of each stretch is computed twice; without, all of it is kept. The encodings' own graph, if they have one, is not
+    /// followed: continue it with [`Gradients::get`] of each encoding.
     pub fn loss_and_gradients(
         &self,
         latents: &Tensor,
