@@ -4,7 +4,8 @@
 #   tests/gpu/run.sh [PROGRAM]
 #
 # PROGRAM is what tests/gpu/build.sh built (default: target/cuda/bin/blocklora). Where blocklorad and blocklorad-cuda lie
-# beside it, the first must hand over to the second. The CUDA libraries must be found: where PyTorch's CUDA 13 wheel is installed, its nvidia/cu13/lib folder is taken; else LD_LIBRARY_PATH decides.
+# beside it, the first must hand over to the second. The CUDA libraries must be found: where PyTorch's CUDA 13 wheel is
+# installed, its nvidia/cu13/lib folder is taken; else LD_LIBRARY_PATH decides.
 # Exits with 1 if a check fails, 2 if there is no card.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

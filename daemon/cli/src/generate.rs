@@ -84,8 +84,7 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let with = recipe.as_ref().map_or(&args.with, |recipe| &recipe.with);
     let concepts = set::check_files(with)?;
     let request = request(args, recipe.as_ref())?;
-    let negative = request.negative_prompt.as_deref().unwrap_or_default();
-    let state = set::state_for(with, &concepts, &format!("{} {negative}", request.prompt));
+    let state = set::state_for(with, &concepts, &prompts(&request));
     let (generated, mut pictures) = daemon::run(draw(args, (options, state), recipe.as_ref(), with, request))?;
     let artefacts = output::artefacts(&args.output, &mut pictures)?;
     output::write_all(files.into_iter().zip(pictures.into_iter().map(|file| file.bytes)).collect())?;
@@ -127,6 +126,11 @@ fn request(args: &Args, recipe: Option<&Recipe>) -> anyhow::Result<Generate> {
     Ok(request)
 }
 
+/// Both prompts, for the concepts that they name.
+fn prompts(request: &Generate) -> String {
+    format!("{} {}", request.prompt, request.negative_prompt.as_deref().unwrap_or_default())
+}
+
 async fn draw(
     args: &Args,
     (options, state): (&daemon::Options, daemon::State),
@@ -143,9 +147,7 @@ async fn draw(
     }
     let mut members = Members::new(&daemon, &model, with).await?;
     members.check_model(&model)?;
-    for prompt in std::iter::once(&request.prompt).chain(&request.negative_prompt) {
-        members.add_named(&daemon, &model, prompt).await?;
-    }
+    members.add_named(&daemon, &model, &prompts(&request)).await?;
     request.target = Some(model.model.path().clone().into());
     request.adapters = members.entries();
     let job = daemon.client.generate(&request).await?;

@@ -7,7 +7,7 @@ use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal,
 
 use crate::report::Status;
 use crate::subject::Subject;
-use crate::tests::all;
+use crate::tests::{all, status_mib};
 
 /// What a process needs besides what its plugin declares: the test's own data, and stacks of threads.
 const OWN_BYTES: u64 = 512 << 20;
@@ -49,15 +49,9 @@ pub fn run_one(arguments: &[OsString]) -> u8 {
 
 /// From here on allocations beyond the declared memory fail, which ends the process with a message.
 fn limit_memory(subject: &Subject) {
-    let bytes = data_bytes() + (subject.manifest.memory_mib << 20) + OWN_BYTES;
+    // An allocator may have reserved a lot before anything was asked for.
+    let reserved = status_mib("VmData:").unwrap_or(0);
+    let bytes = ((reserved + subject.manifest.memory_mib) << 20) + OWN_BYTES;
     // Without a limit the time limit is what ends a process that takes too much.
     let _ = setrlimit(Resource::Data, Rlimit { current: Some(bytes), maximum: Some(bytes) });
-}
-
-/// The private memory that this process has: an allocator may have reserved a lot of it before anything was asked for.
-fn data_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib =
-        status.lines().find_map(|line| line.strip_prefix("VmData:")?.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.unwrap_or(0) << 10
 }

@@ -29,7 +29,7 @@ pub fn declared(subject: &Subject) -> Verdict {
 }
 
 /// A field of /proc/self/status in MiB.
-fn status(field: &str) -> Option<u64> {
+pub fn status_mib(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find(|line| line.starts_with(field))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()?.div_ceil(1024))
@@ -37,11 +37,11 @@ fn status(field: &str) -> Option<u64> {
 
 /// By how many MiB resident memory grows at its peak while `work` runs.
 fn peak(work: impl FnOnce() -> Verdict) -> Result<Option<u64>, String> {
-    let before = status("VmRSS");
+    let before = status_mib("VmRSS:");
     // Makes the peak start from here.
     let is_reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
     work()?;
-    let (Some(before), Some(peak), true) = (before, status("VmHWM"), is_reset) else { return Ok(None) };
+    let (Some(before), Some(peak), true) = (before, status_mib("VmHWM:"), is_reset) else { return Ok(None) };
     Ok(Some(peak.saturating_sub(before)))
 }
 

@@ -10,6 +10,8 @@ mod train;
 use blocklora_sdk::manifest::PluginKind;
 use serde::{Deserialize, Serialize};
 
+pub use memory::status_mib;
+
 use crate::subject::{Subject, Verdict};
 
 /// How much to test; each level includes the lower ones.
