@@ -5,7 +5,8 @@
 #
 # FOLDER (default: target/cuda) gets everything: the wheels, the toolkit put together from them, Cargo's target folder,
 # and the results: bin/blocklora, whose benchmarks compute on a card, and bin/blocklorad-cuda, which `make deb-cuda` packs.
-# COMPUTE_CAP is the card's compute capability without its dot (default: 90, an H100 or H200). Needs python3 with pip, gcc
+# COMPUTE_CAP is the card's compute capability without its dot (default: 90, an H100 or H200). With CUDNN=1 convolutions go
+# through cuDNN, and the programs start only where its library is, as it is beside PyTorch's wheel. Needs python3 with pip, gcc
 # and Rust; takes about 25 minutes of processor time, most of it candle's kernels. A second run goes on where the first
 # one stopped.
 set -euo pipefail
@@ -17,9 +18,14 @@ wheels=(
     nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
     nvidia-cuda-runtime==13.0.96 'nvidia-cuda-nvrtc>=13.0,<13.1' 'nvidia-cublas>=13,<14' 'nvidia-curand>=10,<11'
 )
-if [ ! -e "$out/wheels/.done" ]; then
-    python3 -m pip install --quiet --no-deps --target "$out/wheels" "${wheels[@]}"
-    touch "$out/wheels/.done"
+features=cuda
+if [ "${CUDNN:-}" = 1 ]; then
+    features=cudnn
+    wheels+=('nvidia-cudnn-cu13>=9,<10')
+fi
+if [ ! -e "$out/wheels/.$features" ]; then
+    python3 -m pip install --quiet --no-deps --upgrade --target "$out/wheels" "${wheels[@]}"
+    touch "$out/wheels/.$features"
 fi
 toolkit=$out/wheels/nvidia/cu13
 [ -d "$toolkit/bin" ] || { echo "build.sh: the wheels did not bring $toolkit/bin" >&2; exit 1; }
@@ -35,6 +41,10 @@ ln -sfn "$toolkit/nvvm" "$home/nvvm"
 for library in "$toolkit"/lib/lib*.so.*; do
     name=$(basename "$library")
     ln -sf "$library" "$home/lib64/${name%%.so.*}.so"
+done
+# cuDNN's wheel has a folder of its own.
+for library in "$out"/wheels/nvidia/cudnn/lib/lib*.so.*; do
+    [ ! -e "$library" ] || ln -sf "$library" "$home/lib64/$(basename "${library%%.so.*}").so"
 done
 for library in "$toolkit"/lib/lib*.a; do
     ln -sf "$library" "$home/lib64/"
@@ -59,8 +69,8 @@ print("\n".join(f"void {name}(void) {{}}" for name in names))
     mv "$driver.new" "$driver"
 fi
 cargo build --locked --release -p blocklora-cli -p blocklora-service \
-    --features blocklora-cli/cuda,blocklora-service/cuda
+    --features "blocklora-cli/$features,blocklora-service/$features"
 mkdir -p "$out/bin"
 cp "$CARGO_TARGET_DIR/release/blocklora" "$out/bin/blocklora"
 cp "$CARGO_TARGET_DIR/release/blocklorad" "$out/bin/blocklorad-cuda"
-echo "built $out/bin/blocklora and blocklorad-cuda for compute capability $CUDA_COMPUTE_CAP"
+echo "built $out/bin/blocklora and blocklorad-cuda for compute capability $CUDA_COMPUTE_CAP ($features)"

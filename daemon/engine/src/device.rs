@@ -77,7 +77,10 @@ pub fn choose(wanted: Wanted) -> Result<Chosen> {
             return Err(refuse("this program computes on the CPU only; use the one built with CUDA".into()));
         }
         let driver = nvidia_driver().map_err(refuse)?;
-        let device = Device::new_cuda(number).map_err(|e| refuse(format!("the card cannot be opened: {e}")))?;
+        // A stream of its own: the default would be another one on each thread, and a merge's threads write weights that
+        // another thread then reads.
+        let device =
+            Device::new_cuda_with_stream(number).map_err(|e| refuse(format!("the card cannot be opened: {e}")))?;
         Ok(Chosen { device, name: format!("cuda:{number}"), reason: driver })
     };
     match wanted {

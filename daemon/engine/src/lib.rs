@@ -3,6 +3,8 @@
 
 pub mod bake;
 pub mod bench;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod device;
 mod error;
 pub mod generate;

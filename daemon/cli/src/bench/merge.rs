@@ -71,6 +71,10 @@ pub fn run(args: &Args, threads: Option<NonZeroUsize>) -> anyhow::Result<()> {
         figures.remove_all_ms,
         if figures.remove_all_exact { "the file's bits are back" } else { "THE FILE'S BITS ARE NOT BACK" },
     );
+    if let Some(same) = figures.same_as_cpu {
+        text +=
+            if same { "bits       as merged in main memory\n" } else { "bits       NOT AS MERGED IN MAIN MEMORY\n" };
+    }
     if let (Some(bytes), Some(share)) = (figures.peak_bytes_over_model, figures.peak_over_model) {
         text += &format!("memory     {:.1} MiB over the model at the peak, {:.1} %\n", mib(bytes), 100.0 * share);
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blocklora_spec::{Partition, Scheme};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -58,6 +58,9 @@ pub struct BenchMerge {
     pub remove_all_ms: f64,
     /// Whether removing all adapters gave back the file's bits in every repeat.
     pub remove_all_exact: bool,
+    /// Whether the merged weights on a card have the bits that the same merge in main memory gives; none where they are
+    /// in main memory.
+    pub same_as_cpu: Option<bool>,
     /// The most memory that the first merge took beyond the model and the adapters given to it; none where the
     /// system does not tell.
     pub peak_bytes_over_model: Option<u64>,
@@ -138,6 +141,10 @@ pub fn merge(
         }
         Ok(())
     })?;
+    let same_as_cpu = match device.is_cpu() {
+        true => None,
+        false => Some(merges_as_on_the_cpu(&targets, &mut merger, &all, &strategy)?),
+    };
     let [copy_ms, merge_ms, swap_one_ms, remove_all_ms] = times.map(median);
     let model_bytes = targets.iter().map(|target| target.pristine.bytes().len() as u64).sum::<u64>();
     Ok(BenchMerge {
@@ -159,9 +166,34 @@ pub fn merge(
         swap_over_merge: swap_one_ms / merge_ms,
         remove_all_ms,
         remove_all_exact: exact,
+        same_as_cpu,
         peak_bytes_over_model: peak,
         peak_over_model: peak.map(|peak| peak as f64 / model_bytes as f64),
     })
+}
+
+/// Whether `merger` brings its `targets` to the bits that the same merge in main memory gives.
+fn merges_as_on_the_cpu(
+    targets: &[Target],
+    merger: &mut Merger,
+    adapters: &[(Arc<AdapterFactors>, f32)],
+    strategy: &Arc<dyn MergeStrategy>,
+) -> Result<bool> {
+    let in_memory = |target: &Target| -> Result<Target> {
+        let live = target.pristine.load(target.live.dtype(), &Device::Cpu)?;
+        Ok(Target { live, ..target.clone() })
+    };
+    let in_memory = targets.iter().map(in_memory).collect::<Result<Vec<_>>>()?;
+    Merger::new(in_memory.clone())?.apply(adapters, strategy)?;
+    merger.apply(adapters, strategy)?;
+    let bits = |live: &Tensor| -> Result<Vec<f32>> {
+        Ok(live.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    };
+    let same = |(one, other): (&Target, &Target)| -> Result<bool> {
+        let (one, other) = (bits(&one.live)?, bits(&other.live)?);
+        Ok(one.iter().map(|x| x.to_bits()).eq(other.iter().map(|x| x.to_bits())))
+    };
+    targets.par_iter().zip(&in_memory).map(same).try_reduce(|| true, |one, other| Ok(one && other))
 }
 
 /// Fails unless `value` is 1 to `max`.

@@ -20,6 +20,8 @@ pub struct BenchModel {
     pub cost: Cost,
     /// The root of the mean square of all values that it computed (of gradients in a training step).
     pub rms: f64,
+    /// Some of these values, evenly spread; of a training step none.
+    pub values: Vec<f32>,
     /// The loss, of a training step.
     pub loss: Option<f64>,
 }
@@ -31,6 +33,9 @@ fn inputs(seed: f64, shape: &[usize], device: &candle_core::Device) -> Result<Te
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
+/// How many values a benchmark shows.
+const SHOWN: usize = 64;
+
 fn square_sum(tensor: &Tensor) -> Result<f64> {
     let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
     Ok(values.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
@@ -39,14 +44,19 @@ fn square_sum(tensor: &Tensor) -> Result<f64> {
 fn cost_of(repeats: usize, mut work: impl FnMut() -> Result<Tensor>) -> Result<BenchModel> {
     let mut last = None;
     let cost = measure(repeats, || {
-        last = Some(work()?);
+        let computed = work()?;
+        // A card returns before it is done.
+        computed.device().synchronize()?;
+        last = Some(computed);
         Ok(())
     })?;
-    let rms = match &last {
-        Some(tensor) => (square_sum(tensor)? / tensor.elem_count() as f64).sqrt(),
-        None => f64::NAN,
-    };
-    Ok(BenchModel { cost, rms, loss: None })
+    let (mut rms, mut values) = (f64::NAN, Vec::new());
+    if let Some(tensor) = &last {
+        let all: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        rms = (square_sum(tensor)? / all.len() as f64).sqrt();
+        values = all.iter().copied().step_by(all.len().div_ceil(SHOWN).max(1)).collect();
+    }
+    Ok(BenchModel { cost, rms, values, loss: None })
 }
 
 /// The side of square latents: `size`, or what the model was trained with.
@@ -152,7 +162,7 @@ pub fn step(
         Ok(())
     })?;
     let count: usize = variables.iter().map(|variable| variable.elem_count()).sum();
-    Ok(BenchModel { cost, rms: (squares / count as f64).sqrt(), loss: Some(loss) })
+    Ok(BenchModel { cost, rms: (squares / count as f64).sqrt(), values: Vec::new(), loss: Some(loss) })
 }
 
 /// Whether an adaptable Linear projects an attention's queries, keys, values or output.

@@ -1,6 +1,6 @@
 //! What a merge strategy costs beyond the merge itself.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use candle_core::{DType, Device};
@@ -64,10 +64,11 @@ impl MergeStrategy for Planned {
     }
 }
 
-/// Notes what a strategy plans, and how long that takes.
+/// Notes what a strategy plans first, and how long each plan takes.
 struct Noted {
     strategy: Arc<dyn MergeStrategy>,
-    last: std::sync::Mutex<(Plan, f64)>,
+    first: OnceLock<Plan>,
+    seconds: Mutex<f64>,
 }
 
 impl MergeStrategy for Noted {
@@ -81,7 +82,8 @@ impl MergeStrategy for Noted {
         let start = Instant::now();
         let plan = self.strategy.plan(layers, adapters)?;
         let seconds = start.elapsed().as_secs_f64();
-        *self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = (plan.clone(), seconds);
+        self.first.get_or_init(|| plan.clone());
+        *self.seconds.lock().unwrap_or_else(PoisonError::into_inner) = seconds;
         Ok(plan)
     }
     fn fill(&self, tile: Tile<'_>, delta: &mut [f32]) -> Result<()> {
@@ -121,15 +123,15 @@ pub fn strategy(
         .collect::<Result<Vec<(Arc<AdapterFactors>, f32)>>>()?;
 
     let mut merger = Merger::new(targets)?;
-    let noted = Arc::new(Noted { strategy: strategy.clone(), last: Default::default() });
+    let noted = Arc::new(Noted { strategy: strategy.clone(), first: OnceLock::new(), seconds: Mutex::default() });
     let by_strategy: Arc<dyn MergeStrategy> = noted.clone();
-    let last = || noted.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
     let mut times = [const { Vec::new() }; 4];
     let mut same_weights = true;
     pool.install(|| -> Result<()> {
         // The first merge warms up and makes the plan.
         merger.apply(&concepts, &by_strategy)?;
-        let planned: Arc<dyn MergeStrategy> = Arc::new(Planned { plan: last().0, strategy: strategy.clone() });
+        let plan = noted.first.get().cloned().unwrap_or_default();
+        let planned: Arc<dyn MergeStrategy> = Arc::new(Planned { plan, strategy: strategy.clone() });
         for repeat in 0..repeats {
             let mut seconds = [0.0; 2];
             // Whatever the machine does meanwhile must not always meet the same one.
@@ -139,8 +141,9 @@ pub fn strategy(
             }
             same_weights &= merger.apply(&concepts, &planned)?.rows_rewritten == 0;
             same_weights &= merger.apply(&concepts, &by_strategy)?.rows_rewritten == 0;
-            let [planned_s, merge_s] = seconds;
-            let turn = [last().1, planned_s, merge_s, merge_s - planned_s];
+            let ([planned_s, merge_s], plan_s) =
+                (seconds, *noted.seconds.lock().unwrap_or_else(PoisonError::into_inner));
+            let turn = [plan_s, planned_s, merge_s, merge_s - planned_s];
             times.iter_mut().zip(turn).for_each(|(times, seconds)| times.push(1e3 * seconds));
         }
         Ok(())

@@ -202,9 +202,14 @@ impl Placed {
         self.spans.get(index).cloned().unwrap_or_default()
     }
 
+    /// Which of its own layers the model's layer `index` is.
+    pub fn own_index(&self, index: usize) -> Option<usize> {
+        self.layers.get(index).copied().flatten().map(|at| at as usize)
+    }
+
     /// Its factors on the model's layer `index`.
     pub fn layer(&self, index: usize) -> Option<&AdapterLayer> {
-        self.layers.get(index).copied().flatten().map(|at| &self.factors.layers[at as usize])
+        self.own_index(index).map(|at| &self.factors.layers[at])
     }
 }
 

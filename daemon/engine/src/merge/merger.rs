@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+#[cfg(feature = "cuda")]
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,6 +15,8 @@ use super::adapter::{AdapterFactors, Placed};
 use super::composition::{Composition, Marked};
 use super::dense::rewrite_dense;
 use super::kernel::{Isa, Rewrite, prefetch};
+#[cfg(feature = "cuda")]
+use super::kernel_cuda::Card;
 use super::strategy::{AdapterView, LayerInfo, MergeStrategy};
 use crate::error::{Error, Result};
 use crate::weights::WeightView;
@@ -54,6 +58,9 @@ pub struct Merger {
     isa: Isa,
     /// Rows are computed aside and copied to the live weight, also where that is in main memory.
     staged: bool,
+    /// What writes rows where the live weights are on a card.
+    #[cfg(feature = "cuda")]
+    card: Option<Card>,
 }
 
 impl Merger {
@@ -95,7 +102,18 @@ impl Merger {
             }
         }
         let infos: Vec<LayerInfo> = targets.iter().map(|target| target.info.clone()).collect();
-        Ok(Self { targets, infos, index_of, current: Composition::default(), isa: Isa::detect(), staged: false })
+        #[cfg(feature = "cuda")]
+        let card = Card::new(&targets)?;
+        Ok(Self {
+            targets,
+            infos,
+            index_of,
+            current: Composition::default(),
+            isa: Isa::detect(),
+            staged: false,
+            #[cfg(feature = "cuda")]
+            card,
+        })
     }
 
     /// The same with the kernel of `isa`, which must be one of [`Isa::available`]; others are ignored.
@@ -106,8 +124,8 @@ impl Merger {
         self
     }
 
-    /// The same, writing as it does to live weights on a card: rows are computed in main memory by the same kernel,
-    /// so that they have the same bits, and then copied.
+    /// The same, writing as it does where the live weights are not in main memory and have no kernel of their own: rows
+    /// are computed in main memory, so that they have the same bits, and then copied.
     pub fn with_staging(mut self) -> Self {
         self.staged = true;
         self
@@ -195,6 +213,8 @@ impl Merger {
     fn rewrite(&self, old: &Composition, new: &Composition) -> Result<MergeReport> {
         let same = new.same_in(old);
         let (rows_written, bytes_written) = (AtomicU64::new(0), AtomicU64::new(0));
+        #[cfg(feature = "cuda")]
+        let on_card = Mutex::new(Vec::new());
         let touched = self
             .targets
             .par_iter()
@@ -204,6 +224,13 @@ impl Merger {
                 let staged = self.staged || !target.live.device().is_cpu();
                 let rows = match new.is_dense(index) {
                     true => rewrite_dense(target, index, new, staged)?,
+                    #[cfg(feature = "cuda")]
+                    false if self.card.is_some() && !self.staged => {
+                        let terms = new.row_terms(index, &changed);
+                        let rows = terms.rows.len();
+                        on_card.lock().unwrap_or_else(PoisonError::into_inner).push((index, terms));
+                        rows
+                    }
                     false => rewrite_rows(self.isa, target, index, new, changed, staged)?,
                 };
                 let row_bytes = target.info.columns * target.live.dtype().size_in_bytes();
@@ -212,6 +239,10 @@ impl Merger {
                 Ok(1)
             })
             .try_reduce(|| 0, |one, other| Ok(one + other))?;
+        #[cfg(feature = "cuda")]
+        if let Some(card) = &self.card {
+            card.rewrite(&self.targets, new, &on_card.into_inner().unwrap_or_else(PoisonError::into_inner))?;
+        }
         Ok(MergeReport {
             rows_rewritten: rows_written.into_inner(),
             bytes_written: bytes_written.into_inner(),

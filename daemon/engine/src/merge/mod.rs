@@ -13,6 +13,8 @@ mod dense;
 mod dense_tests;
 mod kernel;
 mod kernel_copy;
+#[cfg(feature = "cuda")]
+mod kernel_cuda;
 #[cfg(target_arch = "x86_64")]
 mod kernel_x86;
 mod merger;

@@ -53,6 +53,8 @@ impl Model {
             return Err(Error::option("precision", format!("{precision:?}"), "must be f32, f16 or bf16"));
         }
         crate::ops::keep_freed_pages();
+        #[cfg(feature = "cuda")]
+        crate::cuda::follow(device, precision);
         let index = ModelIndex::open(dir)?;
         if let Some(class) = index.components.get("tokenizer").filter(|class| !class.starts_with("CLIPTokenizer")) {
             return Err(Error::Unsupported {

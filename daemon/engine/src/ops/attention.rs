@@ -6,6 +6,8 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::attention_backward;
 use super::cpu::{Shared, applies, filled, parallel, scratch, values};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::reference;
 use super::simd::{dispatch, exp};
 use super::tile::{Left, Output, PAD, Right, product};
@@ -13,6 +15,12 @@ use super::tile::{Left, Output, PAD, Right, product};
 /// softmax(scale q k^T) v in `heads` heads. `q` [B, T, heads * d], `k` and `v` [B, S, heads * d] -> [B, T, heads * d].
 /// `causal` hides later positions (S = T).
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, causal: bool) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if [q, k, v].into_iter().all(cuda::applies)
+        && let Some(y) = cuda::attention(q, k, v, heads, scale, causal)?
+    {
+        return Ok(y);
+    }
     if !applies(q) || !applies(k) || !applies(v) {
         return reference::attention(q, k, v, heads, scale, causal);
     }

@@ -3,6 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::cpu::{Shared, Values, applies, filled, parallel, values};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::reference;
 use super::simd::{dispatch, normal_cdf, normal_pdf, sigmoid};
 
@@ -30,6 +32,10 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
 }
 
 fn apply(x: &Tensor, function: Function, otherwise: fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        return cuda::pointwise(x, function.name());
+    }
     if applies(x) { x.contiguous()?.apply_op1(function) } else { otherwise(x) }
 }
 
@@ -43,7 +49,7 @@ impl CustomOp1 for Function {
         match self {
             Self::Silu => "silu",
             Self::Gelu => "gelu",
-            Self::QuickGelu => "quick-gelu",
+            Self::QuickGelu => "quick_gelu",
         }
     }
 

@@ -3,12 +3,18 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Shared, Values, applies, filled, parallel, values};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::elementwise::gelu_derivative;
 use super::reference;
 use super::simd::{dispatch, normal_cdf};
 
 /// GEGLU with erf: the first half of the last dimension times GELU of the second. `x` [..., 2 d] -> [..., d].
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        return cuda::geglu(x);
+    }
     if applies(x) { x.contiguous()?.apply_op1(Geglu) } else { reference::geglu(x) }
 }
 

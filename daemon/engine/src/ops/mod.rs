@@ -8,6 +8,8 @@ mod attention;
 mod attention_backward;
 mod conv2d;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dense;
 mod elementwise;
 mod frozen;

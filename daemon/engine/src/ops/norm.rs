@@ -3,6 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Shared, Values, applies, filled, parallel, small_weight, values};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::elementwise::silu_derivative;
 use super::reference;
 use super::simd::{dispatch, fma, sigmoid, sum_of_pairs};
@@ -17,6 +19,10 @@ pub fn group_norm(
     eps: f64,
     with_silu: bool,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        return cuda::group_norm(x, weight, bias, groups, eps, with_silu);
+    }
     if !applies(x) {
         return reference::group_norm(x, weight, bias, groups, eps, with_silu);
     }
@@ -31,6 +37,10 @@ pub fn group_norm(
 
 /// Layer normalisation over the last dimension. `x` [..., n].
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        return cuda::layer_norm(x, weight, bias, eps);
+    }
     if !applies(x) {
         return reference::layer_norm(x, weight, bias, eps);
     }

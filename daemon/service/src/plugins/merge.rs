@@ -8,6 +8,7 @@ use blocklora_engine::merge::strategy::{
 use blocklora_engine::{Error, MethodFault, Result};
 use blocklora_sdk::{Code, merge as sdk};
 use blocklora_spec::Algorithm;
+use rayon::prelude::*;
 
 use super::running::{Place, inside};
 use super::train::layers;
@@ -62,7 +63,7 @@ fn adapters<'a>(layers: usize, views: &[&'a dyn AdapterView]) -> Vec<sdk::Adapte
         let factors = (0..layers).map(|layer| factors(view, layer));
         sdk::Adapter::new(view.name(), view.digest(), view.weight(), factors)
     };
-    views.iter().map(adapter).collect()
+    views.par_iter().map(adapter).collect()
 }
 
 impl MergeStrategy for PluginStrategy {
