@@ -31,10 +31,6 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long it may take to end after a command that failed.
 const DROP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait for another daemon to leave the state folder.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
-/// What a daemon says that finds another one in its state folder.
-const BUSY: &str = "another blocklorad uses";
 
 /// A running private daemon.
 pub struct Private {
@@ -69,20 +65,8 @@ pub fn program() -> anyhow::Result<Program> {
 }
 
 impl Private {
-    /// Starts one and connects to it. One that ends at this moment, after a command that was killed, is waited for.
+    /// Starts one and connects to it.
     pub async fn start(threads: Option<std::num::NonZeroUsize>, state: State) -> anyhow::Result<(Client, Self)> {
-        let give_up = tokio::time::Instant::now() + BUSY_TIMEOUT;
-        loop {
-            match Self::start_once(threads, &state).await {
-                Err(error) if error.to_string().contains(BUSY) && tokio::time::Instant::now() < give_up => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-                other => return other,
-            }
-        }
-    }
-
-    async fn start_once(threads: Option<std::num::NonZeroUsize>, state: &State) -> anyhow::Result<(Client, Self)> {
         let program = program()?.path;
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket")?;
         let mut command = Command::new(&program);
@@ -99,7 +83,7 @@ impl Private {
                 folder.path().to_path_buf()
             }
             State::User => super::user_state()?,
-            State::Folder(folder) => folder.clone(),
+            State::Folder(folder) => folder,
         };
         command.env("STATE_DIRECTORY", folder);
         if let Some(threads) = threads {

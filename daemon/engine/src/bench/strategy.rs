@@ -35,7 +35,7 @@ pub struct BenchStrategy {
     pub planned_ms: f64,
     /// The same by the strategy.
     pub merge_ms: f64,
-    /// `merge_ms / planned_ms`.
+    /// `1 + difference_ms / planned_ms`: what disturbs a turn disturbs both of its merges.
     pub merge_over_planned: f64,
     /// Median of the differences between the two merges of a turn.
     pub difference_ms: f64,
@@ -159,7 +159,7 @@ pub fn strategy(
         plan_ms,
         planned_ms,
         merge_ms,
-        merge_over_planned: merge_ms / planned_ms,
+        merge_over_planned: 1.0 + difference_ms / planned_ms,
         difference_ms,
         same_weights,
     })

@@ -22,7 +22,7 @@ use crate::objects::{Object, path_of};
 use crate::worker;
 
 /// How long a private daemon waits for the one before it.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the command line says.
 #[derive(Clone, Debug, Default)]
