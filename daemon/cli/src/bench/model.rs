@@ -52,7 +52,8 @@ pub enum Part {
     RawStep,
 }
 
-fn open(args: &ModelArgs, device: Wanted) -> anyhow::Result<Model> {
+/// The model that `args` names on `device`.
+pub(super) fn open(args: &ModelArgs, device: Wanted) -> anyhow::Result<Model> {
     // Without a progress bar: it would be part of what is measured.
     let folder = base::folder(args.base.as_deref())?;
     Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.unwrap_or(Precision::F32).into())?)

@@ -1,11 +1,12 @@
 //! `blocklora bench step`: what a training step costs.
 
+use blocklora_engine::device::Wanted;
 use blocklora_engine::train::bench_step;
 use blocklora_sdk::manifest::PluginKind;
 use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::{methods, output, session};
+use crate::{methods, output};
 
 /// The methods that are measured if none is named.
 const METHODS: [&str; 2] = ["blocklora", "ed-lora"];
@@ -33,13 +34,16 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// What computes: cpu, or cuda or cuda:NUMBER in a program built with CUDA
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: Wanted,
     #[command(flatten)]
     model: ModelArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let model = session::open_model(&args.model)?;
+    let model = super::model::open(&args.model, args.device)?;
     let methods = args.method.as_deref().map_or(METHODS.to_vec(), |m| vec![m]);
     let mut results = serde_json::Map::new();
     let mut text = String::new();

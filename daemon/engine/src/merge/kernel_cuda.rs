@@ -13,60 +13,16 @@ use rayon::prelude::*;
 use super::adapter::AdapterFactors;
 use super::composition::{Composition, RowTerms};
 use super::merger::{Target, not_finite};
+use super::tiles::{Matrices, Tile, Tiles};
 use crate::cuda::{Module, blocks};
 use crate::error::Result;
 
-/// The most rows of a tile, and the threads of its block.
-const ROWS: usize = 8;
+/// Of a tile's block.
 const THREADS: u32 = 128;
-
-/// Rows of one matrix that take the same adapters; `kernels/merge.cu` has the same structure.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Tile {
-    pristine: u64,
-    live: u64,
-    columns: u32,
-    rows: u32,
-    first_row: u32,
-    first_a: u32,
-    terms: u32,
-    first_w: u32,
-}
 
 // SAFETY: plain numbers in the layout of the kernel's structure.
 #[allow(unsafe_code)]
 unsafe impl DeviceRepr for Tile {}
-
-/// What one launch gets.
-#[derive(Default)]
-struct Launch {
-    tiles: Vec<Tile>,
-    /// Row numbers, and of which layer each is.
-    rows: Vec<u32>,
-    layers: Vec<u32>,
-    /// Where rows of A begin on the card.
-    a: Vec<u64>,
-    /// [`ROWS`] weights for each of `a`.
-    w: Vec<f32>,
-}
-
-impl Launch {
-    /// Takes in what `other` has.
-    fn append(&mut self, mut other: Self) {
-        let [rows, a, w] = [self.rows.len(), self.a.len(), self.w.len()].map(|len| len as u32);
-        self.tiles.extend(other.tiles.iter().map(|tile| Tile {
-            first_row: tile.first_row + rows,
-            first_a: tile.first_a + a,
-            first_w: tile.first_w + w,
-            ..*tile
-        }));
-        self.rows.append(&mut other.rows);
-        self.layers.append(&mut other.layers);
-        self.a.append(&mut other.a);
-        self.w.append(&mut other.w);
-    }
-}
 
 /// All A of an adapter on the card.
 struct Uploaded {
@@ -115,12 +71,18 @@ impl Card {
             by_types.entry(types).or_default().push(layer);
         }
         for ((stored, live), layers) in by_types {
-            let plan = |(index, terms): &&(usize, RowTerms)| self.plan(targets, composition, &starts, *index, terms);
-            let planned = layers.par_iter().map(plan).collect::<candle_core::Result<Vec<_>>>()?;
-            let mut launch = Launch::default();
-            planned.into_iter().for_each(|layer| launch.append(layer));
-            if let Some(bad) = self.run(&format!("merge_{stored}_{live}"), &launch)? {
-                let (layer, row) = (launch.layers[bad] as usize, launch.rows[bad]);
+            let of_layer = |&&(index, ref terms): &&(usize, RowTerms)| -> candle_core::Result<Tiles> {
+                let target = &targets[index];
+                let (pristine, live) = (self.address(&self.pristine[index])?, self.address(&target.live)?);
+                let matrices = Matrices { pristine, live, columns: target.info.columns };
+                Ok(Tiles::of_layer(composition, index, terms, matrices, &starts))
+            };
+            let mut tiles = Tiles::default();
+            for layer in layers.par_iter().map(of_layer).collect::<candle_core::Result<Vec<_>>>()? {
+                tiles.append(layer);
+            }
+            if let Some(bad) = self.run(&format!("merge_{stored}_{live}"), &tiles)? {
+                let (layer, row) = (tiles.layers[bad] as usize, tiles.rows[bad]);
                 return Err(not_finite(&targets[layer], layer, composition, row));
             }
         }
@@ -152,62 +114,6 @@ impl Card {
         Ok(starts)
     }
 
-    /// The tiles of one layer.
-    fn plan(
-        &self,
-        targets: &[Target],
-        composition: &Composition,
-        starts: &[Arc<[u64]>],
-        index: usize,
-        terms: &RowTerms,
-    ) -> candle_core::Result<Launch> {
-        let (target, mut launch) = (&targets[index], Launch::default());
-        let columns = target.info.columns;
-        let tile = Tile {
-            pristine: self.address(&self.pristine[index])?,
-            live: self.address(&target.live)?,
-            columns: columns as u32,
-            rows: 0,
-            first_row: 0,
-            first_a: 0,
-            terms: 0,
-            first_w: 0,
-        };
-        let count = terms.rows.len();
-        let mut first = 0;
-        while first < count {
-            let same = (first + 1..count.min(first + ROWS)).take_while(|&row| terms.alike(first, row)).count();
-            let rows = first..first + 1 + same;
-            let (first_a, first_w) = (launch.a.len(), launch.w.len());
-            for (at, term) in terms.of(first).iter().enumerate() {
-                let placed = &composition.adapters()[term.adapter as usize];
-                let (Some(own), Some(layer)) = (placed.own_index(index), placed.layer(index)) else { continue };
-                let a = starts[term.adapter as usize][own];
-                for k in 0..layer.rank {
-                    launch.a.push(a + (k * columns * size_of::<f32>()) as u64);
-                    let mut w = [0.0; ROWS];
-                    for (w, row) in w.iter_mut().zip(rows.clone()) {
-                        let term = &terms.of(row)[at];
-                        *w = term.coefficient * placed.factors.scale() * layer.b[term.local as usize * layer.rank + k];
-                    }
-                    launch.w.extend(w);
-                }
-            }
-            launch.tiles.push(Tile {
-                rows: rows.len() as u32,
-                first_row: launch.rows.len() as u32,
-                first_a: first_a as u32,
-                terms: (launch.a.len() - first_a) as u32,
-                first_w: first_w as u32,
-                ..tile
-            });
-            launch.rows.extend(&terms.rows[rows.clone()]);
-            launch.layers.extend(rows.clone().map(|_| index as u32));
-            first = rows.end;
-        }
-        Ok(launch)
-    }
-
     /// Where a contiguous tensor lies on the card.
     fn address(&self, tensor: &Tensor) -> candle_core::Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
@@ -232,13 +138,13 @@ impl Card {
         Ok(begin + (start * tensor.dtype().size_in_bytes()) as u64)
     }
 
-    /// Has the kernel `name` write all tiles; the index among the launch's rows of one that does not stay finite.
-    fn run(&self, name: &str, launch: &Launch) -> candle_core::Result<Option<usize>> {
+    /// Has the kernel `name` write all tiles; the index among their rows of one that does not stay finite.
+    fn run(&self, name: &str, given: &Tiles) -> candle_core::Result<Option<usize>> {
         let device = &self.device;
-        let (tiles, rows) = (device.clone_htod(&launch.tiles)?, device.clone_htod(&launch.rows)?);
+        let (tiles, rows) = (device.clone_htod(&given.tiles)?, device.clone_htod(&given.rows)?);
         // Where no tile has terms, these two are not read, but must be something.
-        let a = if launch.a.is_empty() { device.alloc_zeros(1)? } else { device.clone_htod(&launch.a)? };
-        let w = if launch.w.is_empty() { device.alloc_zeros(1)? } else { device.clone_htod(&launch.w)? };
+        let a = if given.a.is_empty() { device.alloc_zeros(1)? } else { device.clone_htod(&given.a)? };
+        let w = if given.w.is_empty() { device.alloc_zeros(1)? } else { device.clone_htod(&given.w)? };
         let mut not_finite = device.clone_htod(&[u32::MAX])?;
         let kernel = Module::Merge.kernel(device, name)?;
         let stream = device.cuda_stream();
@@ -248,7 +154,7 @@ impl Card {
         // `uploaded` keeps while their adapter is in memory, as the composition's are; rows lie inside their matrix, as
         // the composition checked; and all work on the card is on one stream.
         #[allow(unsafe_code)]
-        unsafe { arguments.launch(blocks(launch.tiles.len(), THREADS)?) }.w()?;
+        unsafe { arguments.launch(blocks(given.tiles.len(), THREADS)?) }.w()?;
         match device.clone_dtoh(&not_finite)?.first() {
             None | Some(&u32::MAX) => Ok(None),
             Some(&row) => Ok(Some(row as usize)),

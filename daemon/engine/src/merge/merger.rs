@@ -175,7 +175,7 @@ impl Merger {
     }
 
     /// Places, orders, plans and checks.
-    fn compose(
+    pub(super) fn compose(
         &self,
         adapters: &[(Arc<AdapterFactors>, f32)],
         strategy: &Arc<dyn MergeStrategy>,

@@ -23,6 +23,10 @@ mod refusal_tests;
 pub mod strategy;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, feature = "cuda"))]
+mod tiles;
+#[cfg(test)]
+mod tiles_tests;
 
 pub use adapter::{AdapterFactors, AdapterLayer};
 pub use kernel::Isa;
