@@ -40,7 +40,7 @@ if [ -x "$beside/blocklorad" ] && { [ -x "$beside/blocklorad-cuda" ] || [ "$devi
         done
     fi
 fi
-"$program" bench model --shape sd15 --precision f16 --output "$work/sd15"
+"$program" bench model --shape sd15 --precision f16 --output "$work/sd15" >&2
 bench() { "$program" bench "$@" --json; }
 # The starter on both devices: what is compared below. In f16 the card's own attention and tensor cores take part.
 for precision in f32 f16; do

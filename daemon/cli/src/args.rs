@@ -169,13 +169,17 @@ impl FromStr for WeightedFile {
     }
 }
 
-/// The adapter files in `folder`, sorted; an error if there is none.
+/// What `train` and `export` put in the place of an adapter's extension for the file of its words alone, for other tools.
+pub const WORDS_EXTENSION: &str = "embedding.safetensors";
+
+/// The adapter files in `folder`, sorted, without those of words; an error if there is none.
 pub fn adapters_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let shown = folder.display();
     let mut files = Vec::new();
     for entry in folder.read_dir().with_context(|| format!("{shown}"))? {
         let path = entry.with_context(|| format!("{shown}"))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
+        let is_words = path.to_string_lossy().ends_with(&format!(".{WORDS_EXTENSION}"));
+        if path.extension().is_some_and(|e| e == "safetensors") && !is_words {
             files.push(path);
         }
     }
@@ -188,7 +192,17 @@ pub fn adapters_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Size, WeightedFile};
+    use super::{Size, WeightedFile, adapters_in};
+
+    #[test]
+    fn files_of_words_are_no_adapters() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["b.safetensors", "a.safetensors", "a.embedding.safetensors", "a.toml"] {
+            std::fs::write(folder.path().join(name), "").expect("a file");
+        }
+        let found = adapters_in(folder.path()).expect("adapters");
+        assert_eq!(found, ["a.safetensors", "b.safetensors"].map(|name| folder.path().join(name)));
+    }
 
     #[test]
     fn weights_follow_the_last_equals_sign() {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use blocklora_spec::{Adapter, export};
 use clap::ValueEnum;
 
+use crate::args;
 use crate::output::{self, OutputFolder};
 
 /// Write a concept as a LoRA for other tools
@@ -55,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     announce(&args.output)?;
     if adapter.tokens().iter().all(|t| t.layers == 1) && !adapter.tokens().is_empty() {
-        let words = args.output.with_extension("embedding.safetensors");
+        let words = args.output.with_extension(args::WORDS_EXTENSION);
         export::textual_inversion(&adapter, &words)?;
         return announce(&words);
     }

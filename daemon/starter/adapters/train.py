@@ -45,8 +45,8 @@ def main():
     def train(slot, concept):
         name = concept["name"]
         output = options.out / f"{name}.safetensors"
-        if (options.only and name not in options.only) or output.exists():
-            return name, 0, ""
+        if output.exists():
+            return name, 0, "there already"
         command = [os.environ.get("BLOCKLORA", "blocklora"), "train", "--base", options.base]
         command += ["--images", options.concepts.parent / name, "--class", concept["class"], "--kind", concept["kind"]]
         command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "-o", output]
@@ -60,8 +60,9 @@ def main():
 
     failed = False
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for name, code, said in pool.map(lambda pair: train(*pair), enumerate(concepts)):
-            print(f"{name}: {said.splitlines()[-1] if said else 'there already'}", flush=True)
+        wanted = [(i, c) for i, c in enumerate(concepts) if not options.only or c["name"] in options.only]
+        for name, code, said in pool.map(lambda pair: train(*pair), wanted):
+            print(f"{name}: {(said or 'done').splitlines()[-1]}", flush=True)
             failed |= code != 0
     sys.exit(failed)
 

@@ -38,7 +38,7 @@ def autocast(enabled=True):
 
 def pixels(array):
     """uint8 [n, h, w, 3] -> float [n, 3, h, w] in -1..1 on the device."""
-    x = torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+    x = torch.from_numpy(np.array(array)).to(DEVICE)
     return x.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
