@@ -40,6 +40,8 @@ pub(super) struct Card {
     pristine: Vec<Tensor>,
     /// The factors of adapters that are still in memory.
     uploaded: Mutex<Vec<Uploaded>>,
+    /// What the last launch got: the memory is used again.
+    tiles: Mutex<Tiles>,
 }
 
 impl std::fmt::Debug for Card {
@@ -58,7 +60,7 @@ impl Card {
         }
         let copy = |target: &Target| target.pristine.load(target.pristine.dtype(), target.live.device());
         let pristine = targets.iter().map(copy).collect::<Result<Vec<_>>>()?;
-        Ok(Some(Self { device: device.clone(), pristine, uploaded: Mutex::default() }))
+        Ok(Some(Self { device: device.clone(), pristine, uploaded: Mutex::default(), tiles: Mutex::default() }))
     }
 
     /// Writes `rows`, by layer, as `composition` has them.
@@ -77,12 +79,13 @@ impl Card {
                 let matrices = Matrices { pristine, live, columns: target.info.columns };
                 Ok(Tiles::of_layer(composition, index, terms, matrices, &starts))
             };
-            let mut tiles = Tiles::default();
+            let mut tiles = self.tiles.lock().unwrap_or_else(PoisonError::into_inner);
+            tiles.clear();
             for layer in layers.par_iter().map(of_layer).collect::<candle_core::Result<Vec<_>>>()? {
-                tiles.append(layer);
+                tiles.append(&layer);
             }
             if let Some(bad) = self.run(&format!("merge_{stored}_{live}"), &tiles)? {
-                let (layer, row) = (tiles.layers[bad] as usize, tiles.rows[bad]);
+                let (layer, row) = (tiles.layer_of(bad), tiles.rows[bad]);
                 return Err(not_finite(&targets[layer], layer, composition, row));
             }
         }

@@ -31,9 +31,10 @@ pub(super) struct Tile {
 #[derive(Debug, Default)]
 pub(super) struct Tiles {
     pub tiles: Vec<Tile>,
-    /// Numbers of rows in their matrix, and of which layer each is.
+    /// Numbers of rows in their matrix.
     pub rows: Vec<u32>,
-    pub layers: Vec<u32>,
+    /// Of each layer its index, and where its rows begin; these ascend.
+    layers: Vec<(usize, usize)>,
     /// Where rows of A begin.
     pub a: Vec<u64>,
     /// c_ip * scale_i * B_i[p, k]: [`ROWS`] of them for each of `a`.
@@ -57,9 +58,15 @@ impl Tiles {
         matrices: Matrices,
         starts: &[S],
     ) -> Self {
-        let mut tiles = Self::default();
-        let Matrices { pristine, live, columns } = matrices;
         let count = terms.rows.len();
+        let mut tiles = Self {
+            tiles: Vec::with_capacity(count.div_ceil(ROWS)),
+            rows: terms.rows.clone(),
+            layers: vec![(index, 0)],
+            a: Vec::with_capacity(terms.all().len()),
+            w: Vec::with_capacity(terms.all().len() * ROWS),
+        };
+        let Matrices { pristine, live, columns } = matrices;
         let mut first = 0;
         while first < count {
             let same = (first + 1..count.min(first + ROWS)).take_while(|&row| terms.alike(first, row)).count();
@@ -70,14 +77,14 @@ impl Tiles {
                 let placed = &composition.adapters()[term.adapter as usize];
                 let (Some(own), Some(layer)) = (placed.own_index(index), placed.layer(index)) else { continue };
                 let a = starts[term.adapter as usize].as_ref()[own];
-                for k in 0..layer.rank {
-                    tiles.a.push(a + (k * columns * size_of::<f32>()) as u64);
-                    let mut w = [0.0; ROWS];
-                    for (w, row) in w.iter_mut().zip(rows.clone()) {
-                        let term = &terms.of(row)[at];
-                        *w = term.coefficient * placed.factors.scale() * layer.b[term.local as usize * layer.rank + k];
-                    }
-                    tiles.w.extend(w);
+                tiles.a.extend((0..layer.rank).map(|k| a + (k * columns * size_of::<f32>()) as u64));
+                let these = tiles.w.len();
+                tiles.w.resize(these + ROWS * layer.rank, 0.0);
+                for (r, row) in rows.clone().enumerate() {
+                    let term = &terms.of(row)[at];
+                    let scaled = term.coefficient * placed.factors.scale();
+                    let b = &layer.b[term.local as usize * layer.rank..][..layer.rank];
+                    tiles.w[these + r..].iter_mut().step_by(ROWS).zip(b).for_each(|(w, b)| *w = scaled * b);
                 }
             }
             tiles.tiles.push(Tile {
@@ -85,19 +92,18 @@ impl Tiles {
                 live,
                 columns: columns as u32,
                 rows: rows.len() as u32,
-                first_row: tiles.rows.len() as u32,
+                first_row: rows.start as u32,
                 first_a: first_a as u32,
                 terms: (tiles.a.len() - first_a) as u32,
                 first_w: first_w as u32,
             });
-            tiles.layers.extend(rows.clone().map(|_| index as u32));
-            tiles.rows.extend(&terms.rows[rows]);
         }
         tiles
     }
 
     /// Takes in what `other` has.
-    pub fn append(&mut self, mut other: Self) {
+    pub fn append(&mut self, other: &Self) {
+        self.layers.extend(other.layers.iter().map(|&(layer, start)| (layer, self.rows.len() + start)));
         let [rows, a, w] = [self.rows.len(), self.a.len(), self.w.len()].map(|len| len as u32);
         self.tiles.extend(other.tiles.iter().map(|tile| Tile {
             first_row: tile.first_row + rows,
@@ -105,9 +111,22 @@ impl Tiles {
             first_w: tile.first_w + w,
             ..*tile
         }));
-        self.rows.append(&mut other.rows);
-        self.layers.append(&mut other.layers);
-        self.a.append(&mut other.a);
-        self.w.append(&mut other.w);
+        self.rows.extend_from_slice(&other.rows);
+        self.a.extend_from_slice(&other.a);
+        self.w.extend_from_slice(&other.w);
+    }
+
+    /// Forgets all, but keeps the memory.
+    pub fn clear(&mut self) {
+        self.tiles.clear();
+        self.rows.clear();
+        self.layers.clear();
+        self.a.clear();
+        self.w.clear();
+    }
+
+    /// Of which layer the `index`-th of `rows` is.
+    pub fn layer_of(&self, index: usize) -> usize {
+        self.layers[..self.layers.partition_point(|&(_, start)| start <= index)].last().map_or(0, |&(layer, _)| layer)
     }
 }

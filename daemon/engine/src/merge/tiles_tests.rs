@@ -39,11 +39,10 @@ fn write(model: &Model, live: &mut [Vec<Vec<f32>>], old: &Composition, new: &Com
     for (layer, &(rows, _)) in SHAPES.iter().enumerate() {
         if let Some(changed) = new.changed_rows(old, &same, layer, rows) {
             let terms = new.row_terms(layer, &changed);
-            tiles.append(Tiles::of_layer(new, layer, &terms, matrices(layer), &starts));
+            tiles.append(&Tiles::of_layer(new, layer, &terms, matrices(layer), &starts));
         }
     }
     assert_eq!(tiles.w.len(), ROWS * tiles.a.len());
-    assert_eq!(tiles.rows.len(), tiles.layers.len());
     let mut written = std::collections::BTreeSet::new();
     for tile in &tiles.tiles {
         let layer = (tile.live - 0x2_0000) as usize;
@@ -54,7 +53,7 @@ fn write(model: &Model, live: &mut [Vec<Vec<f32>>], old: &Composition, new: &Com
         for r in 0..tile.rows as usize {
             let at = tile.first_row as usize + r;
             let row = tiles.rows[at] as usize;
-            assert_eq!(tiles.layers[at] as usize, layer);
+            assert_eq!(tiles.layer_of(at), layer);
             assert!(written.insert((layer, row)), "row {row} of layer {layer} twice");
             for (column, to) in live[layer][row].iter_mut().enumerate() {
                 let mut value = pristine[row][column];
