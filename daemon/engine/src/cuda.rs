@@ -44,8 +44,9 @@ pub(crate) fn values<'a>(storage: &'a CudaStorage, layout: &Layout, op: &str) ->
     }
 }
 
-/// Has products on `device` that follow a model's `precision`: of a model in f16 or bf16, tensor cores round factors to
-/// 11 bits (TF32), as many as f16 has; sums stay f32. Of a model in f32 nothing is rounded but what cuDNN does.
+/// Has products on cards follow the `precision` of a model that is loaded on `device` (of several, the last one's): of a
+/// model in f16 or bf16, tensor cores round factors to 11 bits (TF32), as many as f16 has; sums stay f32. Of a model in
+/// f32 nothing is rounded but what cuDNN does.
 pub(crate) fn follow(device: &Device, precision: DType) {
     if device.is_cuda() {
         candle_core::cuda::set_gemm_reduced_precision_f32(precision != DType::F32);

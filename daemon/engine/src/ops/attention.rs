@@ -15,27 +15,14 @@ use super::tile::{Left, Output, PAD, Right, product};
 /// softmax(scale q k^T) v in `heads` heads. `q` [B, T, heads * d], `k` and `v` [B, S, heads * d] -> [B, T, heads * d].
 /// `causal` hides later positions (S = T).
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, causal: bool) -> Result<Tensor> {
+    let op = Attention::new(q, k, v, heads, scale, causal)?;
     #[cfg(feature = "cuda")]
-    if [q, k, v].into_iter().all(cuda::applies)
-        && let Some(y) = cuda::attention(q, k, v, heads, scale, causal)?
-    {
-        return Ok(y);
+    if [q, k, v].into_iter().all(cuda::applies) && cuda::takes(&op) {
+        return cuda::attention(q, k, v, op);
     }
     if !applies(q) || !applies(k) || !applies(v) {
         return reference::attention(q, k, v, heads, scale, causal);
     }
-    let (batch, queries, width) = q.dims3()?;
-    let (_, keys, _) = k.dims3()?;
-    if k.dims() != [batch, keys, width] || v.dims() != k.dims() || keys == 0 {
-        bail!("attention: q {:?}, k {:?} and v {:?} do not fit together", q.dims(), k.dims(), v.dims());
-    }
-    if heads == 0 || width % heads != 0 {
-        bail!("attention: width {width} does not divide into {heads} heads");
-    }
-    if causal && keys != queries {
-        bail!("attention: causal with {queries} queries and {keys} keys");
-    }
-    let op = Attention { batch, queries, keys, heads, depth: width / heads, scale: scale as f32, causal };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
@@ -56,6 +43,22 @@ const QUERIES: usize = 4 * PAD;
 const KEYS: usize = 128;
 
 impl Attention {
+    /// Checks that the three fit together.
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, causal: bool) -> Result<Self> {
+        let (batch, queries, width) = q.dims3()?;
+        let (_, keys, _) = k.dims3()?;
+        if k.dims() != [batch, keys, width] || v.dims() != k.dims() || keys == 0 {
+            bail!("attention: q {:?}, k {:?} and v {:?} do not fit together", q.dims(), k.dims(), v.dims());
+        }
+        if heads == 0 || width % heads != 0 {
+            bail!("attention: width {width} does not divide into {heads} heads");
+        }
+        if causal && keys != queries {
+            bail!("attention: causal with {queries} queries and {keys} keys");
+        }
+        Ok(Self { batch, queries, keys, heads, depth: width / heads, scale: scale as f32, causal })
+    }
+
     pub(super) fn width(&self) -> usize {
         self.heads * self.depth
     }

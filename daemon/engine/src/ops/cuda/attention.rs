@@ -6,35 +6,17 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Result, Sha
 use half::f16;
 
 use crate::cuda::{Module, may_round};
+use crate::ops::attention::Attention;
 
-/// As [`attention`](crate::ops::attention); none where the kernel does not apply: the model is f32, or a head is wider
-/// than [`DEPTH_MAX`].
-pub(in crate::ops) fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: usize,
-    scale: f64,
-    causal: bool,
-) -> Result<Option<Tensor>> {
-    let (batch, queries, width) = q.dims3()?;
-    let keys = k.dim(1)?;
-    if k.dims() != [batch, keys, width] || v.dims() != k.dims() || keys == 0 {
-        bail!("attention: q {:?}, k {:?} and v {:?} do not fit together", q.dims(), k.dims(), v.dims());
-    }
-    if heads == 0 || width % heads != 0 {
-        bail!("attention: width {width} does not divide into {heads} heads");
-    }
-    if causal && keys != queries {
-        bail!("attention: causal with {queries} queries and {keys} keys");
-    }
-    let depth = width / heads;
-    if !may_round() || depth > DEPTH_MAX {
-        return Ok(None);
-    }
-    let op = Attention { batch, queries, keys, heads, depth, scale: scale as f32, causal };
+/// Whether the kernel is for this: the model is not f32, and no head is wider than [`DEPTH_MAX`].
+pub(in crate::ops) fn takes(op: &Attention) -> bool {
+    may_round() && op.depth <= DEPTH_MAX
+}
+
+/// As [`attention`](crate::ops::attention), with factors in f16.
+pub(in crate::ops) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, op: Attention) -> Result<Tensor> {
     let [q, k, v] = [q, k, v].map(|x| x.contiguous()?.to_dtype(DType::F16));
-    Ok(Some(q?.apply_op3_no_bwd(&k?, &v?, &op)?))
+    q?.apply_op3_no_bwd(&k?, &v?, &OnCard(op))
 }
 
 /// Of a head: its tiles then fit into the shared memory of every card since 2020 (99 KiB).
@@ -44,18 +26,9 @@ const QUERIES: usize = 64;
 const KEYS: usize = 32;
 const THREADS: u32 = 128;
 
-struct Attention {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    /// Width of one head.
-    depth: usize,
-    scale: f32,
-    causal: bool,
-}
+struct OnCard(Attention);
 
-impl CustomOp3 for Attention {
+impl CustomOp3 for OnCard {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -81,7 +54,7 @@ impl CustomOp3 for Attention {
         v: &CudaStorage,
         v_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let device = &q.device;
+        let (op, device) = (&self.0, &q.device);
         let contiguous = |layout: &Layout| match layout.contiguous_offsets() {
             Some((start, end)) => Ok(start..end),
             None => bail!("attention: the input is not contiguous"),
@@ -90,11 +63,10 @@ impl CustomOp3 for Attention {
         let k = k.as_cuda_slice::<f16>()?.slice(contiguous(k_layout)?);
         let v = v.as_cuda_slice::<f16>()?.slice(contiguous(v_layout)?);
         let mut y = device.alloc_zeros::<f32>(q_layout.shape().elem_count())?;
-        let padded = self.depth.next_multiple_of(16);
+        let padded = op.depth.next_multiple_of(16);
         let halves = QUERIES * padded + KEYS * padded + QUERIES * KEYS;
         let shared = (2 * halves + 4 * (QUERIES * KEYS + QUERIES * padded)) as u32;
-        let sizes =
-            [self.batch, self.queries.div_ceil(QUERIES), self.queries, self.keys, self.heads, self.depth, padded];
+        let sizes = [op.batch, op.queries.div_ceil(QUERIES), op.queries, op.keys, op.heads, op.depth, padded];
         let [Ok(batch), Ok(blocks), Ok(queries), Ok(keys), Ok(heads), Ok(depth), Ok(padded)] = sizes.map(u32::try_from)
         else {
             bail!("attention: {sizes:?} is too large for a card")
@@ -105,14 +77,14 @@ impl CustomOp3 for Attention {
         let kernel = Module::Attention.kernel(device, "attention")?;
         let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         kernel.set_attribute(most, shared as i32).w()?;
-        let causal = u32::from(self.causal);
+        let causal = u32::from(op.causal);
         let stream = device.cuda_stream();
         let mut launch = stream.launch_builder(&kernel);
         launch.arg(&q).arg(&k).arg(&v).arg(&mut y);
-        launch.arg(&queries).arg(&keys).arg(&heads).arg(&depth).arg(&padded).arg(&self.scale).arg(&causal);
+        launch.arg(&queries).arg(&keys).arg(&heads).arg(&depth).arg(&padded).arg(&op.scale).arg(&causal);
         let grid =
             LaunchConfig { grid_dim: (blocks, heads, batch), block_dim: (THREADS, 1, 1), shared_mem_bytes: shared };
-        // SAFETY: `attention` made sure that the sizes are those of the tensors, and the kernel stays within them.
+        // SAFETY: `Attention::new` made sure that the sizes are those of the tensors, and the kernel stays within them.
         #[allow(unsafe_code)]
         unsafe { launch.launch(grid) }.w()?;
         Ok((CudaStorage::wrap_cuda_slice(y, device.clone()), q_layout.shape().clone()))

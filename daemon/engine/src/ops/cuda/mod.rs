@@ -5,7 +5,7 @@ mod attention;
 mod norm;
 mod pointwise;
 
-pub(super) use attention::attention;
+pub(super) use attention::{attention, takes};
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use pointwise::{geglu, pointwise};
 
