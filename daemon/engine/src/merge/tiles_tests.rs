@@ -30,12 +30,12 @@ fn uploaded(number: usize, factors: &AdapterFactors) -> (Vec<f32>, Vec<u64>) {
     (values, starts)
 }
 
-/// Brings `live`, by layer and row, from `old` to `new` as the card does.
-fn write(model: &Model, live: &mut [Vec<Vec<f32>>], old: &Composition, new: &Composition) {
+/// Brings `live`, by layer and row, from `old` to `new` as the card does, with what was in `tiles` before.
+fn write(model: &Model, live: &mut [Vec<Vec<f32>>], tiles: &mut Tiles, old: &Composition, new: &Composition) {
     let (memory, starts): (Vec<_>, Vec<_>) =
         new.adapters().iter().enumerate().map(|(number, placed)| uploaded(number, &placed.factors)).unzip();
     let same = new.same_in(old);
-    let mut tiles = Tiles::default();
+    tiles.clear();
     for (layer, &(rows, _)) in SHAPES.iter().enumerate() {
         if let Some(changed) = new.changed_rows(old, &same, layer, rows) {
             let terms = new.row_terms(layer, &changed);
@@ -93,10 +93,10 @@ fn tiles_give_the_bits_of_the_kernel() {
         (scattered, mean()),
         (Vec::new(), sum()),
     ];
-    let mut old = Composition::default();
+    let (mut old, mut tiles) = (Composition::default(), Tiles::default());
     for (list, strategy) in &lists {
         let new = merger.compose(&at_one(list), strategy).unwrap();
-        write(&model, &mut live, &old, &new);
+        write(&model, &mut live, &mut tiles, &old, &new);
         merger.apply(&at_one(list), strategy).unwrap();
         assert_eq!(live, plain(&model), "{} adapters", list.len());
         old = new;
