@@ -2,12 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-
 use candle_core::DType;
 
 use super::composition::Composition;
-use super::strategy::MergeStrategy;
 use super::tests::{Model, SHAPES, adapter, at_one, disjoint, mean, model, strided, sum};
 use super::tiles::{Matrices, ROWS, Tiles};
 use super::{AdapterFactors, Merger};
@@ -85,7 +82,7 @@ fn tiles_give_the_bits_of_the_kernel() {
         (0..3).map(|s| adapter(&format!("all{s}"), 40 + s, 2, |m| (0..m as u32).collect())).collect();
     let scattered: Vec<_> = (0..4).map(|s| adapter(&format!("s{s}"), 60 + s as u64, 4, |m| strided(s, m))).collect();
     let swapped = [adapter("other", 7, 3, |m| super::tests::block(0, m))];
-    let lists: [(Vec<Arc<AdapterFactors>>, Arc<dyn MergeStrategy>); 6] = [
+    let lists = [
         (blocks.clone(), sum()),
         ([&swapped[..], &blocks[1..]].concat(), sum()),
         ([&rows_of_all[..], &scattered, &blocks].concat(), mean()),
