@@ -83,7 +83,7 @@ work, device = pathlib.Path(sys.argv[1]), sys.argv[2]
 results = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
 failed = []
 # As parts of the root mean square. In f16, products round their factors to 11 bits.
-tolerances = {"f32": 2e-3, "f16": 1e-2}
+tolerances = {"f32": 1e-3, "f16": 1e-2}
 for part in ["unet", "vae", "text", "gradients"]:
     for precision, tolerance in tolerances.items():
         cpu, cuda = (results[f"starter-{part}-{precision}-{where}"] for where in ["cpu", "card"])

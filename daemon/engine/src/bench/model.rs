@@ -36,9 +36,12 @@ fn inputs(seed: f64, shape: &[usize], device: &candle_core::Device) -> Result<Te
 /// How many values a benchmark shows.
 const SHOWN: usize = 64;
 
-fn square_sum(tensor: &Tensor) -> Result<f64> {
-    let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    Ok(values.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
+fn values_of(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+fn square_sum(values: &[f32]) -> f64 {
+    values.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }
 
 fn cost_of(repeats: usize, mut work: impl FnMut() -> Result<Tensor>) -> Result<BenchModel> {
@@ -52,8 +55,8 @@ fn cost_of(repeats: usize, mut work: impl FnMut() -> Result<Tensor>) -> Result<B
     })?;
     let (mut rms, mut values) = (f64::NAN, Vec::new());
     if let Some(tensor) = &last {
-        let all: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        rms = (square_sum(tensor)? / all.len() as f64).sqrt();
+        let all = values_of(tensor)?;
+        rms = (square_sum(&all) / all.len() as f64).sqrt();
         values = all.iter().copied().step_by(all.len().div_ceil(SHOWN).max(1)).collect();
     }
     Ok(BenchModel { cost, rms, values, loss: None })
@@ -156,7 +159,7 @@ pub fn step(
         squares = 0.0;
         for variable in &variables {
             if let Some(gradient) = gradients.get(variable) {
-                squares += square_sum(gradient)?;
+                squares += square_sum(&values_of(gradient)?);
             }
         }
         Ok(())

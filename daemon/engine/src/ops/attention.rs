@@ -3,6 +3,8 @@
 //! no sum across a vector.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType};
 
 use super::attention_backward;
 use super::cpu::{Shared, applies, filled, parallel, scratch, values};
@@ -18,7 +20,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, c
     let op = Attention::new(q, k, v, heads, scale, causal)?;
     #[cfg(feature = "cuda")]
     if [q, k, v].into_iter().all(cuda::applies) && cuda::takes(&op) {
-        return cuda::attention(q, k, v, op);
+        let [q, k, v] = [q, k, v].map(|x| x.contiguous()?.to_dtype(DType::F16));
+        return q?.apply_op3_no_bwd(&k?, &v?, &op);
     }
     if !applies(q) || !applies(k) || !applies(v) {
         return reference::attention(q, k, v, heads, scale, causal);
@@ -220,6 +223,19 @@ impl CustomOp3 for Attention {
             });
         });
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::attention(self, (q, q_layout), (k, k_layout), (v, v_layout))
     }
 
     fn bwd(

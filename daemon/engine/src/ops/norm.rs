@@ -19,74 +19,82 @@ pub fn group_norm(
     eps: f64,
     with_silu: bool,
 ) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::applies(x) {
-        return cuda::group_norm(x, weight, bias, groups, eps, with_silu);
-    }
-    if !applies(x) {
-        return reference::group_norm(x, weight, bias, groups, eps, with_silu);
-    }
     if x.rank() < 2 || groups == 0 || x.dim(1)? % groups != 0 {
         bail!("group norm: {:?} does not divide into {groups} groups of channels", x.dims());
     }
     let channels = x.dim(1)?;
     let pixels: usize = x.dims()[2..].iter().product();
-    let norm = Norm::new(weight, bias, channels, channels / groups * pixels, pixels, eps, with_silu)?;
-    x.contiguous()?.apply_op1(norm)
+    let spans = Spans { channels, span: channels / groups * pixels, pixels, eps: eps as f32, with_silu };
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        return cuda::norm(x, weight, bias, spans);
+    }
+    if !applies(x) {
+        return reference::group_norm(x, weight, bias, groups, eps, with_silu);
+    }
+    x.contiguous()?.apply_op1(Norm::new(weight, bias, spans)?)
 }
 
 /// Layer normalisation over the last dimension. `x` [..., n].
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let channels = x.dim(D::Minus1)?;
+    let spans = Spans { channels, span: channels, pixels: 1, eps: eps as f32, with_silu: false };
     #[cfg(feature = "cuda")]
     if cuda::applies(x) {
-        return cuda::layer_norm(x, weight, bias, eps);
+        return cuda::norm(x, weight, bias, spans);
     }
     if !applies(x) {
         return reference::layer_norm(x, weight, bias, eps);
     }
-    let width = x.dim(D::Minus1)?;
-    x.contiguous()?.apply_op1(Norm::new(weight, bias, width, width, 1, eps, false)?)
+    x.contiguous()?.apply_op1(Norm::new(weight, bias, spans)?)
 }
 
 /// Elements of a task, roughly.
 const TASK: usize = 1 << 12;
 
-struct Norm {
-    /// Scale and shift of each channel.
-    weight: Vec<f32>,
-    bias: Vec<f32>,
+/// What is normalised together.
+pub(super) struct Spans {
+    pub channels: usize,
     /// Elements normalised together.
-    span: usize,
+    pub span: usize,
     /// Consecutive elements of one channel.
-    pixels: usize,
-    eps: f32,
-    with_silu: bool,
+    pub pixels: usize,
+    pub eps: f32,
+    pub with_silu: bool,
 }
 
-impl Norm {
-    fn new(
-        weight: &Tensor,
-        bias: &Tensor,
-        channels: usize,
-        span: usize,
-        pixels: usize,
-        eps: f64,
-        with_silu: bool,
-    ) -> Result<Self> {
-        if weight.elem_count() != channels || bias.elem_count() != channels {
+impl Spans {
+    /// Checks that every channel has its scale and its shift.
+    pub(super) fn check(&self, weight: &Tensor, bias: &Tensor) -> Result<()> {
+        let Self { channels, .. } = self;
+        if weight.elem_count() != *channels || bias.elem_count() != *channels {
             bail!(
                 "norm: weight {:?} and bias {:?} do not fit an input of {channels} channels",
                 weight.dims(),
                 bias.dims()
             );
         }
+        Ok(())
+    }
+}
+
+struct Norm {
+    /// Scale and shift of each channel.
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    spans: Spans,
+}
+
+impl Norm {
+    fn new(weight: &Tensor, bias: &Tensor, spans: Spans) -> Result<Self> {
+        spans.check(weight, bias)?;
         let (weight, bias) = (small_weight(&weight.contiguous()?)?, small_weight(&bias.contiguous()?)?);
-        Ok(Self { weight, bias, span, pixels, eps: eps as f32, with_silu })
+        Ok(Self { weight, bias, spans })
     }
 
     /// Elements of a task: whole spans.
     fn task_len(&self) -> usize {
-        (TASK / self.span.max(1)).max(1) * self.span
+        (TASK / self.spans.span.max(1)).max(1) * self.spans.span
     }
 }
 
@@ -136,8 +144,8 @@ impl Norm {
     /// Weight and bias of the channels of the span at element `start`.
     #[inline(always)]
     fn affine(&self, start: usize) -> (&[f32], &[f32]) {
-        let first = start / self.pixels % self.weight.len();
-        let channels = first..first + self.span / self.pixels;
+        let first = start / self.spans.pixels % self.weight.len();
+        let channels = first..first + self.spans.span / self.spans.pixels;
         (&self.weight[channels.clone()], &self.bias[channels])
     }
 }
@@ -145,19 +153,22 @@ impl Norm {
 /// Whole spans; `first` is their first element's index in the input.
 #[inline(always)]
 fn forward_spans<const FMA: bool>(norm: &Norm, x: &[f32], first: usize, y: &mut [f32]) {
-    for (i, (x, y)) in x.chunks_exact(norm.span).zip(y.chunks_exact_mut(norm.span)).enumerate() {
-        let (weight, bias) = norm.affine(first + i * norm.span);
-        forward_body::<FMA>(x, weight, bias, norm.pixels, norm.eps, norm.with_silu, y);
+    for (i, (x, y)) in x.chunks_exact(norm.spans.span).zip(y.chunks_exact_mut(norm.spans.span)).enumerate() {
+        let (weight, bias) = norm.affine(first + i * norm.spans.span);
+        forward_body::<FMA>(x, weight, bias, norm.spans.pixels, norm.spans.eps, norm.spans.with_silu, y);
     }
 }
 
 /// As [`forward_spans`].
 #[inline(always)]
 fn backward_spans<const FMA: bool>(norm: &Norm, x: &[f32], grad: &[f32], first: usize, dx: &mut [f32]) {
-    let spans = x.chunks_exact(norm.span).zip(grad.chunks_exact(norm.span)).zip(dx.chunks_exact_mut(norm.span));
+    let spans = x
+        .chunks_exact(norm.spans.span)
+        .zip(grad.chunks_exact(norm.spans.span))
+        .zip(dx.chunks_exact_mut(norm.spans.span));
     for (i, ((x, grad), dx)) in spans.enumerate() {
-        let (weight, bias) = norm.affine(first + i * norm.span);
-        backward_body::<FMA>(x, grad, weight, bias, norm.pixels, norm.eps, norm.with_silu, dx);
+        let (weight, bias) = norm.affine(first + i * norm.spans.span);
+        backward_body::<FMA>(x, grad, weight, bias, norm.spans.pixels, norm.spans.eps, norm.spans.with_silu, dx);
     }
 }
 

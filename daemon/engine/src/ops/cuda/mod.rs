@@ -6,7 +6,7 @@ mod norm;
 mod pointwise;
 
 pub(super) use attention::{attention, takes};
-pub(super) use norm::{group_norm, layer_norm};
+pub(super) use norm::norm;
 pub(super) use pointwise::{geglu, pointwise};
 
 use candle_core::{DType, Tensor};
