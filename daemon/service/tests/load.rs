@@ -180,7 +180,7 @@ async fn endless_pictures(daemon: &Daemon, stop: &Arc<AtomicBool>) -> Vec<tokio:
             let draw = async || client.generate("/", stub::picture("a dog", seed, 2), Dict::new()).await.unwrap();
             // So many that the queue is never empty, however fast a picture is drawn.
             let (mut waiting, mut drawn) = (VecDeque::new(), 0);
-            for _ in 0..6 {
+            for _ in 0..48 {
                 waiting.push_back(draw().await);
             }
             while !stop.load(Ordering::Relaxed) {
