@@ -1,4 +1,5 @@
-"""Times the parts of a model against PyTorch, diffusers and peft: same weights, same inputs, same threads, in turns.
+"""Times the parts of a model against PyTorch, diffusers and peft, and denoising steps against stable-diffusion.cpp: same
+weights, same inputs, same threads, in turns.
 
     python tests/peers/model_pytorch.py [--cases unet1,vae,...] [--rounds 3] [--ours target/debug/blocklora] [--json]
 
@@ -13,17 +14,21 @@ Cases, all in f32 on the CPU:
   memory          peak resident memory of a process that draws a 512x512 picture in two steps, in f32 against diffusers',
                   and ours in f16
   start           time from the start of the process to the end of the first denoising step, warm page cache
+  sdcpp           a denoising step of SD 1.5 at 512x512 without guidance in stable-diffusion.cpp, plain and with its flash
+                  attention, in f32 and f16, and the peak memory of a picture; only where it is named, as its compilation
+                  takes ten minutes and a C++ compiler
 
 SD 1.5 here is a folder with random weights of its shapes, which `blocklora bench model` writes (4.3 GB; --models says
 where, and an existing folder is used again). Where torch, diffusers, transformers or peft are missing, the script
 makes a virtual environment beside the models, installs them from the package index there, and goes on in it.
 
-Each round runs our program and then PyTorch, each with one repeat to warm up. The ratio is that of the medians of wall
+Each round runs our program and then the peer, each with one repeat to warm up. The ratio is that of the medians of wall
 time; beside it stands that of processor time, which other work on the machine disturbs less. What both computed is
 compared by its root mean square. Exits with 1 where a goal is missed or results differ.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -37,13 +42,16 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STARTER = ROOT / "daemon/starter/model"
-PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate"]
+# By the names of their modules.
+PACKAGES = {"torch": "torch", "diffusers": "diffusers", "transformers": "transformers", "peft": "peft",
+            "accelerate": "accelerate"}
 # The most that ours may take, as a part of PyTorch's.
 GOALS = {"unet1": 0.8, "unet2": 0.8, "starter": 0.6, "gradients": 1.0, "starter-gradients": 1.0, "vae": 1.0,
          "text": 1.0, "memory": 1.0}
 F16_BYTES_MAX = 3.5e9
 START_SECONDS_MAX = {"starter": 0.5, "sd15": 3.0}
 CASES = [*GOALS, "start"]
+SDCPP = "sdcpp"
 
 
 def arguments():
@@ -55,9 +63,10 @@ def arguments():
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "blocklora-peers")
     parser.add_argument("--ours", default=str(ROOT / "target/debug/blocklora"), help="the built command line")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peer", choices=["memory", "start"], help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=["memory", "start", SDCPP], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="f32", help=argparse.SUPPRESS)
+    parser.add_argument("--flash", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -66,19 +75,22 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(ARGS.threads
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def provide_packages():
+def provide_packages(cases):
     """Goes on in a virtual environment of our own where a package is missing."""
-    try:
-        import diffusers, peft, torch, transformers  # noqa: F401, E401
+    packages = PACKAGES | ({"stable_diffusion_cpp": "stable-diffusion-cpp-python"} if SDCPP in cases else {})
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    if not missing:
         return
-    except ImportError as error:
-        if os.environ.get("BLOCKLORA_PEERS_VENV"):
-            sys.exit(f"{error}: pip did not install it; install {' '.join(PACKAGES)} and run this with that Python")
+    if os.environ.get("BLOCKLORA_PEERS_VENV"):
+        sys.exit(f"pip did not install {' '.join(missing)}; install it and run this with that Python")
     venv = ARGS.models / "venv"
     python = venv / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    print(f"installing {' '.join(packages.values())} in {venv}", file=sys.stderr)
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages.values()])
+    if done.returncode:
+        sys.exit("pip failed, see above; stable-diffusion-cpp-python, if it was asked for, needs a C++ compiler")
     os.execve(python, [str(python), *sys.argv], {**os.environ, "BLOCKLORA_PEERS_VENV": "1"})
 
 
@@ -260,9 +272,23 @@ def peer_process(kind):
     print(json.dumps({"peak_resident_bytes": peak, "seconds_to_first_step_done": seconds[0]}))
 
 
-def run_peer(kind, path, precision="f32"):
+def sdcpp_process():
+    """The same in stable-diffusion.cpp: prints the milliseconds of each step after the first, and its peak memory."""
+    from stable_diffusion_cpp import StableDiffusion
+    model = StableDiffusion(model_path=str(ARGS.folder), n_threads=ARGS.threads, wtype=ARGS.precision, verbose=False,
+                            diffusion_flash_attn=ARGS.flash)
+    ends = []
+    model.generate_image("a", width=512, height=512, cfg_scale=1.0, sample_steps=ARGS.repeats + 1, sample_method="euler",
+                         seed=1, progress_callback=lambda step, steps, seconds: ends.append(time.perf_counter()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # It also tells when it begins.
+    steps = [1e3 * (end - start) for start, end in zip(ends, ends[1:])][-ARGS.repeats:]
+    print(json.dumps({"step_ms": steps, "peak_resident_bytes": peak}))
+
+
+def run_peer(kind, path, precision="f32", *options):
     run = [sys.executable, __file__, "--peer", kind, "--folder", str(path), "--precision", precision,
-           "--threads", str(ARGS.threads)]
+           "--threads", str(ARGS.threads), "--repeats", str(ARGS.repeats), *options]
     done = subprocess.run(run, capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1:]}
@@ -344,18 +370,45 @@ def start():
     return result
 
 
+def sdcpp():
+    """Steps in turns, and the peak memory of a picture."""
+    result = {}
+    for precision in ["f32", "f16"]:
+        path = folder(precision)
+        mine, theirs, peaks = [], {"plain": [], "flash": []}, {}
+        for _ in range(ARGS.rounds):
+            figures = ours("unet", "--base", path, "--precision", precision, "--repeats", ARGS.repeats)
+            mine.append(figures["wall_ms"])
+            for way, options in [("plain", []), ("flash", ["--flash"])]:
+                figures = run_peer(SDCPP, path, precision, *options)
+                if "error" in figures:
+                    sys.exit(f"stable-diffusion.cpp failed: {figures['error']}")
+                theirs[way] += figures["step_ms"]
+                peaks[way] = figures["peak_resident_bytes"]
+        peak = ours("sample", "--base", path, "--precision", precision, "--steps", 2)["peak_resident_bytes"]
+        mine = statistics.median(mine)
+        result[precision] = {"ours_ms": mine, "ours_bytes": peak}
+        for way, steps in theirs.items():
+            median = statistics.median(steps)
+            result[precision][way] = {"ms": median, "ratio": mine / median, "bytes": peaks[way],
+                                      "ratio_bytes": peak / peaks[way]}
+    return result
+
+
 def main():
-    provide_packages()
-    if ARGS.peer:
-        return peer_process(ARGS.peer)
     cases = ARGS.cases.split(",")
-    unknown = [case for case in cases if case not in CASES]
+    unknown = [case for case in cases if case not in [*CASES, SDCPP]]
     if unknown:
-        sys.exit(f"unknown case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+        sys.exit(f"unknown case {unknown[0]!r}; the cases are {', '.join([*CASES, SDCPP])}")
+    if ARGS.peer:
+        return sdcpp_process() if ARGS.peer == SDCPP else peer_process(ARGS.peer)
+    provide_packages(cases)
     results, met = {}, True
     for case in cases:
-        result = results[case] = {"memory": memory, "start": start}.get(case, lambda: compare(case))()
-        if case == "start":
+        result = results[case] = {"memory": memory, "start": start, SDCPP: sdcpp}.get(case, lambda: compare(case))()
+        if case == SDCPP:
+            pass  # nothing is asked of it
+        elif case == "start":
             met &= all(each["met"] for each in result.values())
         elif case == "memory":
             met &= result["ratio"] <= result["goal"] and result["f16_small_enough"]
@@ -371,7 +424,7 @@ def main():
 
 
 def show(case, result):
-    if case in ("memory", "start"):
+    if case in ("memory", "start", SDCPP):
         print(f"{case:>18} {json.dumps(result)}", flush=True)
         return
     print(f"{case:>18} ours {result['ours_ms']:9.1f} ms  PyTorch {result['pytorch_ms']:9.1f} ms  ratio "

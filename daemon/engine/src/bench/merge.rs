@@ -19,6 +19,9 @@ use crate::merge::{AdapterFactors, AdapterLayer, Isa, Merger, Target, copy_rows}
 use crate::rng::{Rng, Stream};
 use crate::weights::WeightFile;
 
+/// Swaps between a merge and the removal of everything.
+const SWAPS: usize = 3;
+
 /// What [`merge`] measured. Times are medians in milliseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct BenchMerge {
@@ -50,7 +53,7 @@ pub struct BenchMerge {
     pub merge_ms: f64,
     /// `merge_ms / copy_ms`.
     pub merge_over_copy: f64,
-    /// Exchanging one adapter for another of the same slot.
+    /// Exchanging one adapter for another of the same slot, for three slots in a row: rows that are not in the caches.
     pub swap_one_ms: f64,
     /// `swap_one_ms / merge_ms`.
     pub swap_over_merge: f64,
@@ -105,14 +108,20 @@ pub fn merge(
             Ok(Target { info: info.clone(), live: pristine.load(precision, device)?, pristine })
         })
         .collect::<Result<Vec<_>>>()?;
-    // Adapter 0 has a second version, to be swapped in.
-    let concepts = (0..=adapters)
+    // The first adapters have a second version, to be swapped in.
+    let swaps = adapters.min(SWAPS);
+    let concepts = (0..adapters + swaps)
         .into_par_iter()
         .map(|i| random_adapter(&layers, rank, capacity, (i % adapters) as u32, i as u64))
         .collect::<Result<Vec<_>>>()?;
     let all: Vec<(Arc<AdapterFactors>, f32)> = concepts[..adapters].iter().map(|a| (a.clone(), 1.0)).collect();
     let mut swapped = all.clone();
-    swapped[0].0 = concepts[adapters].clone();
+    let after_swaps: Vec<_> = (0..swaps)
+        .map(|slot| {
+            swapped[slot].0 = concepts[adapters + slot].clone();
+            swapped.clone()
+        })
+        .collect();
 
     let written: Vec<usize> = layers.iter().map(|info| adapters * info.rows / capacity as usize).collect();
     let mut merger = Merger::new(targets.clone())?;
@@ -128,15 +137,16 @@ pub fn merge(
             let before = if repeat == 0 { memory::reset_peak().and_then(|()| memory::resident()) } else { None };
             let merge = merger.apply(&all, &strategy)?;
             peak = peak.or_else(|| Some(memory::peak()?.saturating_sub(before?)));
-            let swap = merger.apply(&swapped, &strategy)?;
+            let swap = |after: &Vec<_>| Ok(merger.apply(after, &strategy)?.seconds);
+            let swaps = after_swaps.iter().map(swap).collect::<Result<Vec<f64>>>()?;
             exact &= !is_pristine(&targets)?;
             let remove = merger.apply(&[], &strategy)?;
             exact &= is_pristine(&targets)?;
             bytes_written = merge.bytes_written;
             // The first round warms up.
             if repeat > 0 {
-                let round = [copy, merge.seconds, swap.seconds, remove.seconds];
-                times.iter_mut().zip(round).for_each(|(times, seconds)| times.push(1e3 * seconds));
+                let round = [&[copy][..], &[merge.seconds], &swaps, &[remove.seconds]];
+                times.iter_mut().zip(round).for_each(|(times, round)| times.extend(round.iter().map(|s| 1e3 * s)));
             }
         }
         Ok(())

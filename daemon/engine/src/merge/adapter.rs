@@ -146,27 +146,19 @@ fn bytes_of<T: Copy>(values: &[T], to_bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
     values.iter().flat_map(|&x| to_bytes(x)).collect()
 }
 
-/// An adapter placed on a model: its layers by the model's layer index, with the caller's weight.
-#[derive(Clone, Debug)]
-pub(super) struct Placed {
-    pub factors: Arc<AdapterFactors>,
-    pub weight: f32,
+/// Where an adapter's layers are in a model.
+#[derive(Debug)]
+pub(super) struct Place {
     /// By the model's layer index the index of its own layer.
-    layers: Arc<[Option<u32>]>,
+    layers: Box<[Option<u32>]>,
     /// By the model's layer index from its first row there to behind its last one.
-    spans: Arc<[Range<u32>]>,
+    spans: Box<[Range<u32>]>,
 }
 
-impl Placed {
+impl Place {
     /// `index_of` finds the model's `layers` by name. Fails on a layer that the model lacks or has in another size.
-    pub fn new(
-        factors: Arc<AdapterFactors>,
-        weight: f32,
-        layers: &[LayerInfo],
-        index_of: &BTreeMap<String, usize>,
-    ) -> Result<Self> {
+    pub fn new(factors: &AdapterFactors, layers: &[LayerInfo], index_of: &BTreeMap<String, usize>) -> Result<Self> {
         let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
-        check_weight(&factors, weight)?;
         let (mut own, mut spans) = (vec![None; layers.len()], vec![0..0; layers.len()]);
         for (at, layer) in factors.layers().enumerate() {
             let &index = index_of.get(&layer.name).ok_or_else(|| {
@@ -188,37 +180,42 @@ impl Placed {
                 spans[index] = *first..last + 1;
             }
         }
-        Ok(Self { factors, weight, layers: own.into(), spans: spans.into() })
+        Ok(Self { layers: own.into(), spans: spans.into() })
     }
+}
 
-    /// The same adapter on the same model with another weight.
-    pub fn with_weight(&self, weight: f32) -> Result<Self> {
-        check_weight(&self.factors, weight)?;
-        Ok(Self { weight, ..self.clone() })
+/// An adapter placed on a model, with the caller's weight.
+#[derive(Clone, Debug)]
+pub(super) struct Placed {
+    pub factors: Arc<AdapterFactors>,
+    pub weight: f32,
+    place: Arc<Place>,
+}
+
+impl Placed {
+    /// Fails unless `weight` is finite.
+    pub fn new(factors: Arc<AdapterFactors>, place: Arc<Place>, weight: f32) -> Result<Self> {
+        if !weight.is_finite() {
+            let reason = format!("its weight is {weight}; it must be finite");
+            return Err(Error::Incompatible { adapter: factors.name().to_owned(), reason });
+        }
+        Ok(Self { factors, weight, place })
     }
 
     /// From its first row on the model's layer `index` to behind its last one; empty if it has none.
     pub fn span(&self, index: usize) -> Range<u32> {
-        self.spans.get(index).cloned().unwrap_or_default()
+        self.place.spans.get(index).cloned().unwrap_or_default()
     }
 
     /// Which of its own layers the model's layer `index` is.
     pub fn own_index(&self, index: usize) -> Option<usize> {
-        self.layers.get(index).copied().flatten().map(|at| at as usize)
+        self.place.layers.get(index).copied().flatten().map(|at| at as usize)
     }
 
     /// Its factors on the model's layer `index`.
     pub fn layer(&self, index: usize) -> Option<&AdapterLayer> {
         self.own_index(index).map(|at| &self.factors.layers[at])
     }
-}
-
-fn check_weight(factors: &AdapterFactors, weight: f32) -> Result<()> {
-    if weight.is_finite() {
-        return Ok(());
-    }
-    let reason = format!("its weight is {weight}; it must be finite");
-    Err(Error::Incompatible { adapter: factors.name().to_owned(), reason })
 }
 
 impl AdapterView for Placed {
@@ -230,6 +227,9 @@ impl AdapterView for Placed {
     }
     fn weight(&self) -> f32 {
         self.weight
+    }
+    fn changes(&self, layer: usize) -> bool {
+        self.own_index(layer).is_some()
     }
     fn factors(&self, layer: usize) -> Option<Factors<'_>> {
         self.layer(layer).map(|found| Factors {

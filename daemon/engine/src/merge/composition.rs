@@ -1,5 +1,6 @@
 //! What is merged into the live weights, and which rows another composition changes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::adapter::Placed;
@@ -267,32 +268,42 @@ impl Composition {
         let mut changed = Marked::none_of(rows);
         // Marks the rows whose coefficient differs from the one before; without one before, those that have one.
         let mut mark = |placed: &Placed, now: &Coefficients, before: Option<&Coefficients>| {
-            let rows = placed.layer(layer).map_or(&[][..], |found| &found.rows);
+            // Looked up only where something differs: the adapters that stay are many, and cold.
+            let rows = || placed.layer(layer).map_or(&[][..], |found| &found.rows);
             match (now, before.unwrap_or(&Coefficients::Uniform(0.0))) {
                 (Coefficients::Uniform(now), Coefficients::Uniform(before)) => {
                     if (now + 0.0).to_bits() != (before + 0.0).to_bits() {
-                        changed.mark_all(rows);
+                        changed.mark_all(rows());
                     }
                 }
                 (now, before) => {
                     let differs = |&(local, _): &(usize, &u32)| {
                         coefficient(now, local).to_bits() != coefficient(before, local).to_bits()
                     };
-                    rows.iter().enumerate().filter(differs).for_each(|(_, &row)| changed.mark(row));
+                    rows().iter().enumerate().filter(differs).for_each(|(_, &row)| changed.mark(row));
                 }
             }
         };
+        let mut stays = vec![false; old_terms.len()];
         for term in new_terms {
-            let before = same[term.adapter].and_then(|there| old_terms.iter().find(|t| t.adapter == there));
-            mark(&self.adapters[term.adapter], &term.coefficients, before.map(|before| &before.coefficients));
-        }
-        for term in old_terms {
-            let stays = new_terms.iter().any(|new| same[new.adapter] == Some(term.adapter));
-            if !stays {
-                mark(&old.adapters[term.adapter], &term.coefficients, None);
+            let before = same[term.adapter].and_then(|there| position(old_terms, there));
+            if let Some(before) = before {
+                stays[before] = true;
             }
+            let before = before.map(|before| &old_terms[before].coefficients);
+            mark(&self.adapters[term.adapter], &term.coefficients, before);
+        }
+        for (term, _) in old_terms.iter().zip(stays).filter(|(_, stays)| !stays) {
+            mark(&old.adapters[term.adapter], &term.coefficients, None);
         }
         (changed.count > 0).then_some(changed)
+    }
+
+    /// Between which rows of `layer` the live weight may have other bits than the file; all others have the file's, if
+    /// this is what is merged and the types are the same. None where any row may.
+    pub fn merged_rows(&self, layer: usize) -> Option<Vec<Range<u32>>> {
+        let spans = self.terms(layer).iter().map(|term| self.adapters[term.adapter].span(layer));
+        (!self.is_dense(layer)).then(|| spans.collect())
     }
 
     /// The terms of those rows of `layer` that are marked, of which there must be one.
@@ -322,6 +333,14 @@ impl Composition {
         let is_disjoint = owned.iter().all(|&count: &u32| count <= 1);
         let arrange = if is_disjoint { RowTerms::disjoint } else { RowTerms::overlapping };
         arrange(marked, &owned, found)
+    }
+}
+
+/// Which of `terms`, which are ordered by adapter, is that of `adapter`. Most often every adapter has one.
+fn position(terms: &[Term], adapter: usize) -> Option<usize> {
+    match terms.get(adapter) {
+        Some(term) if term.adapter == adapter => Some(adapter),
+        _ => terms.binary_search_by_key(&adapter, |term| term.adapter).ok(),
     }
 }
 

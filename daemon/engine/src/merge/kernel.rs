@@ -1,5 +1,8 @@
 //! The kernel that writes rows: `W[p] = round(f32(W0[p]) + sum_k w_kp A_k)`, one pass, several rows at a time.
 //!
+//! W0 is read from the file's mapping and W written past the caches; where the live row is known to have the file's bits
+//! it is changed in place, which asks for less of the memory and nothing of the disk.
+//!
 //! Every element is one chain of fused multiply-adds in the order of k, whatever the instruction set and the tile, so
 //! that all of them give the same bits.
 
@@ -54,6 +57,8 @@ pub(super) trait Element: Copy + Send + Sync {
     const OVERFLOW: u32;
     /// Reads a little-endian value from the first bytes of `bytes`.
     fn read(bytes: &[u8]) -> f32;
+    /// The same number.
+    fn widen(self) -> f32;
     /// Rounds to nearest even.
     fn round(value: f32) -> Self;
     fn is_finite(self) -> bool;
@@ -66,6 +71,10 @@ impl Element for f32 {
     #[inline(always)]
     fn read(bytes: &[u8]) -> f32 {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
     }
     #[inline(always)]
     fn round(value: f32) -> Self {
@@ -85,6 +94,10 @@ impl Element for f16 {
         f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
     }
     #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         f16::from_f32(value)
     }
@@ -102,6 +115,10 @@ impl Element for bf16 {
         bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
     }
     #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         bf16::from_f32(value)
     }
@@ -112,12 +129,12 @@ impl Element for bf16 {
 
 /// R rows that take the same adapters.
 pub(super) struct Tile<'a, T, const R: usize> {
-    /// The pristine rows, as stored.
-    pub pristine: [&'a [u8]; R],
+    /// The pristine rows, as stored; none where the live rows have their bits and are changed in place.
+    pub pristine: Option<[&'a [u8]; R]>,
     /// The live rows.
     pub live: [&'a mut [T]; R],
-    /// The pristine rows that come next, to be fetched ahead.
-    pub next: [&'a [u8]; R],
+    /// Where the rows that will be read next lie, to be fetched ahead.
+    pub next: [*const u8; R],
     /// The rows of all terms' A, in canonical order.
     pub a: &'a [&'a [f32]],
     /// c_ip * scale_i * B_i[p, k], [a.len(), R].
@@ -135,6 +152,9 @@ pub(super) struct Rewrite<'a> {
     pub columns: usize,
     /// The rows to rewrite, each at most once, with their terms.
     pub terms: &'a RowTerms,
+    /// The rows of which the live weight may have other bits than the pristine one, which is of the same type; none
+    /// where any row may.
+    pub merged: Option<Vec<Range<u32>>>,
     /// Each adapter's factors and scale on this layer, by its index in the terms.
     pub factors: Vec<Option<(&'a AdapterLayer, f32)>>,
     /// One of the rows that did not stay finite; `u32::MAX` for none.
@@ -227,11 +247,20 @@ impl Rewrite<'_> {
             if a.is_empty() && S::DTYPE == T::DTYPE && cfg!(target_endian = "little") {
                 self.restore(live, run);
             } else {
-                self.merge_run::<S, T>(live, run, &a, &mut w);
+                let in_place = self.has_file_bits::<T>(&self.terms.rows[run.clone()]);
+                self.merge_run::<S, T>(live, run, in_place, &a, &mut w);
             }
         }
         #[cfg(target_arch = "x86_64")]
         kernel_x86::finish_streaming();
+    }
+
+    /// Whether the live weight is known to have the file's bits in all of `rows`, which ascend, and may be read instead.
+    fn has_file_bits<T: Element>(&self, rows: &[u32]) -> bool {
+        let (Some(merged), Some(&first), Some(&last)) = (&self.merged, rows.first(), rows.last()) else { return false };
+        // What AVX2 makes of a NaN in bf16 is computed a second time.
+        let once = self.isa != Isa::Avx2 || T::DTYPE != DType::BF16;
+        once && merged.iter().all(|span| span.end <= first || last < span.start)
     }
 
     /// Gives the `run`-th of the rows the file's bits; S and T are one type.
@@ -255,21 +284,28 @@ impl Rewrite<'_> {
         }
     }
 
-    fn merge_run<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, run: Range<usize>, a: &[&[f32]], w: &mut Vec<f32>) {
+    fn merge_run<S: Lanes, T: Lanes>(
+        &self,
+        live: &LiveRows<T>,
+        run: Range<usize>,
+        in_place: bool,
+        a: &[&[f32]],
+        w: &mut Vec<f32>,
+    ) {
         let mut index = run.start;
         while index < run.end {
             // AVX2 has half the registers.
             match run.end - index {
                 8.. if self.isa == Isa::Avx512 => {
-                    self.merge_rows::<S, T, 8>(live, index, a, w);
+                    self.merge_rows::<S, T, 8>(live, index, in_place, a, w);
                     index += 8;
                 }
                 4.. => {
-                    self.merge_rows::<S, T, 4>(live, index, a, w);
+                    self.merge_rows::<S, T, 4>(live, index, in_place, a, w);
                     index += 4;
                 }
                 _ => {
-                    self.merge_rows::<S, T, 1>(live, index, a, w);
+                    self.merge_rows::<S, T, 1>(live, index, in_place, a, w);
                     index += 1;
                 }
             }
@@ -281,6 +317,7 @@ impl Rewrite<'_> {
         &self,
         live: &LiveRows<T>,
         first: usize,
+        in_place: bool,
         a: &[&[f32]],
         w: &mut Vec<f32>,
     ) {
@@ -303,11 +340,14 @@ impl Rewrite<'_> {
             }
         }
         let tile = Tile {
-            pristine: std::array::from_fn(|r| pristine(first + r)),
+            pristine: (!in_place).then(|| std::array::from_fn(|r| pristine(first + r))),
             // SAFETY: rows lie inside the matrix (checked in `run_from`), and no other tile has any of these rows.
             #[allow(unsafe_code)]
             live: rows.map(|row| unsafe { std::slice::from_raw_parts_mut(live.0.add(row * n), n) }),
-            next: std::array::from_fn(|r| pristine(first + R + r)),
+            next: std::array::from_fn(|r| match in_place {
+                true => live.0.wrapping_add(row_at(first + R + r) * n).cast_const().cast(),
+                false => pristine(first + R + r).as_ptr(),
+            }),
             a,
             w: &w[..a.len() * R],
         };
@@ -371,9 +411,13 @@ pub(super) fn merge_columns<S: Element, T: Element, const R: usize>(
     let mut magnitude = 0;
     for r in 0..R {
         let mut sums = [0.0f32; 64];
-        let pristine = &tile.pristine[r][start * S::BYTES..][..len * S::BYTES];
-        for (sum, bytes) in sums.iter_mut().zip(pristine.chunks_exact(S::BYTES)) {
-            *sum = S::read(bytes);
+        let live = &mut tile.live[r][start..start + len];
+        match &tile.pristine {
+            Some(pristine) => {
+                let pristine = pristine[r][start * S::BYTES..][..len * S::BYTES].chunks_exact(S::BYTES);
+                sums.iter_mut().zip(pristine).for_each(|(sum, bytes)| *sum = S::read(bytes));
+            }
+            None => sums.iter_mut().zip(&*live).for_each(|(sum, live)| *sum = live.widen()),
         }
         for (k, a) in tile.a.iter().enumerate() {
             let w = tile.w[k * R + r];
@@ -381,7 +425,7 @@ pub(super) fn merge_columns<S: Element, T: Element, const R: usize>(
                 *sum = w.mul_add(a, *sum);
             }
         }
-        for (live, &sum) in tile.live[r][start..start + len].iter_mut().zip(&sums) {
+        for (live, &sum) in live.iter_mut().zip(&sums) {
             magnitude = magnitude.max(sum.to_bits() & 0x7fff_ffff);
             *live = T::round(sum);
         }
@@ -393,19 +437,18 @@ pub(super) fn merge_columns<S: Element, T: Element, const R: usize>(
 mod tests {
     use super::*;
 
-    fn merged<T: Lanes, const R: usize>(isa: Isa, values: &[f32], w: f32) -> (u32, Vec<T>) {
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let a: Vec<f32> = values.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect();
-        let mut live = vec![T::round(0.0); R * values.len()];
-        let mut rows = live.chunks_exact_mut(values.len());
-        let tile = Tile::<T, R> {
-            pristine: [&bytes[..]; R],
-            live: std::array::from_fn(|_| rows.next().unwrap_or_default()),
-            next: [&bytes[..]; R],
-            a: &[&a[..]],
-            w: &[w; R],
-        };
-        (merge_tile::<f32, T, R>(isa, tile), live)
+    /// R rows merged from the f32 values `pristine`, or in place from what `live` has.
+    fn merged<T: Lanes, const R: usize>(isa: Isa, pristine: Option<&[u8]>, a: &[f32], w: f32, live: &mut [T]) -> u32 {
+        let mut rows = live.chunks_exact_mut(a.len());
+        let live = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        let next = [a.as_ptr().cast(); R];
+        match pristine {
+            Some(bytes) => {
+                let tile = Tile { pristine: Some([bytes; R]), live, next, a: &[a], w: &[w; R] };
+                merge_tile::<f32, T, R>(isa, tile)
+            }
+            None => merge_tile::<T, T, R>(isa, Tile { pristine: None, live, next, a: &[a], w: &[w; R] }),
+        }
     }
 
     /// Values at every edge of rounding, NaN and infinity among them.
@@ -447,14 +490,26 @@ mod tests {
         }
     }
 
+    /// What the kernel of `isa` makes of `values`, several rows at a time and in place, too, is what plain Rust makes of
+    /// one row of them.
     fn same<T: Lanes>(isa: Isa, values: &[f32], w: f32, bits: fn(T) -> u32) {
-        let bits = |values: &[T]| values.iter().map(|&x| bits(x)).collect::<Vec<_>>();
-        let (magnitude, expected) = merged::<T, 1>(Isa::Portable, values, w);
-        for (other, live) in [merged::<T, 1>(isa, values, w), merged::<T, 4>(isa, values, w)] {
-            assert_eq!(other, magnitude, "{isa:?} {:?}", T::DTYPE);
-            for row in live.chunks_exact(values.len()) {
-                assert_eq!(bits(row), bits(&expected), "{isa:?} {:?}", T::DTYPE);
+        let check = |bytes: &[f32], rows: usize, run: &dyn Fn(&[u8], &[f32], &mut [T]) -> u32| {
+            let a: Vec<f32> = bytes.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect();
+            let bytes: Vec<u8> = bytes.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let mut expected = vec![T::round(0.0); a.len()];
+            let magnitude = merged::<T, 1>(Isa::Portable, Some(&bytes), &a, w, &mut expected);
+            let mut live = values.repeat(rows).into_iter().map(T::round).collect::<Vec<T>>();
+            assert_eq!(run(&bytes, &a, &mut live), magnitude, "{isa:?} {:?}", T::DTYPE);
+            for row in live.chunks_exact(a.len()) {
+                assert!(row.iter().zip(&expected).all(|(&x, &y)| bits(x) == bits(y)), "{isa:?} {:?}", T::DTYPE);
             }
+        };
+        check(values, 1, &|bytes, a, live| merged::<T, 1>(isa, Some(bytes), a, w, live));
+        check(values, 4, &|bytes, a, live| merged::<T, 4>(isa, Some(bytes), a, w, live));
+        if isa != Isa::Avx2 || T::DTYPE != DType::BF16 {
+            let stored: Vec<f32> = values.iter().map(|&x| T::round(x).widen()).collect();
+            check(&stored, 1, &|_, a, live| merged::<T, 1>(isa, None, a, w, live));
+            check(&stored, 4, &|_, a, live| merged::<T, 4>(isa, None, a, w, live));
         }
     }
 }

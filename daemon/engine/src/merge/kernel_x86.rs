@@ -162,6 +162,26 @@ impl Lanes for bf16 {
     }
 }
 
+/// A tile's rows by their addresses: from and to may be the same.
+struct Rows<'a, T, const R: usize> {
+    from: [*const u8; R],
+    to: [*mut T; R],
+    next: [*const u8; R],
+    a: &'a [&'a [f32]],
+    w: &'a [f32],
+}
+
+impl<'a, T, const R: usize> Rows<'a, T, R> {
+    fn of(tile: &mut Tile<'a, T, R>) -> Self {
+        let to = tile.live.each_mut().map(|row| row.as_mut_ptr());
+        let from = match &tile.pristine {
+            Some(pristine) => pristine.map(<[u8]>::as_ptr),
+            None => to.map(|row| row.cast_const().cast()),
+        };
+        Self { from, to, next: tile.next, a: tile.a, w: tile.w }
+    }
+}
+
 /// The bytes of a cache line.
 const LINE: usize = 64;
 
@@ -169,7 +189,8 @@ const LINE: usize = 64;
 /// saves reading what is overwritten anyway; rows must be whole lines, so that all are aligned alike.
 fn streams<T: Element, const R: usize>(tile: &Tile<'_, T, R>) -> Option<usize> {
     let row_bytes = size_of_val(tile.live[0]);
-    (row_bytes.is_multiple_of(LINE) && row_bytes >= 4 * LINE).then(|| tile.live[0].as_ptr().align_offset(LINE))
+    (tile.pristine.is_some() && row_bytes.is_multiple_of(LINE) && row_bytes >= 4 * LINE)
+        .then(|| tile.live[0].as_ptr().align_offset(LINE))
 }
 
 /// Asks for `bytes` to be brought near.
@@ -199,33 +220,36 @@ pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut til
     }
     let mut magnitude = _mm256_setzero_si256();
     let streamed_from = streams(&tile);
+    let rows = Rows::of(&mut tile);
     let mut j = 0;
     // SAFETY of the four calls: 16 columns from where they start lie inside the rows; streamed ones start on a line.
     let head = streamed_from.unwrap_or(0);
     while j < head {
         let end = head.min(j + WIDTH);
-        unsafe { part16::<S, T, R>(&mut tile, j, 0..end - j, &mut magnitude) };
+        unsafe { part16::<S, T, R>(&rows, j, 0..end - j, &mut magnitude) };
         j = end;
     }
     if streamed_from.is_some() {
         while j + WIDTH <= n {
-            unsafe { columns8x2::<S, T, R, true>(&mut tile, j, &mut magnitude) };
+            unsafe { columns8x2::<S, T, R, true>(&rows, j, &mut magnitude) };
             j += WIDTH;
         }
     } else {
         while j + WIDTH <= n {
             // SAFETY: the caller keeps what this function asks for.
-            unsafe { columns8x2::<S, T, R, false>(&mut tile, j, &mut magnitude) };
+            unsafe { columns8x2::<S, T, R, false>(&rows, j, &mut magnitude) };
             j += WIDTH;
         }
     }
-    if j < n {
-        unsafe { part16::<S, T, R>(&mut tile, n - WIDTH, WIDTH - (n - j)..WIDTH, &mut magnitude) };
+    // In place, what vectors have written must not be read again.
+    let rest = if tile.pristine.is_some() { 0 } else { n - j };
+    if j < n - rest {
+        unsafe { part16::<S, T, R>(&rows, n - WIDTH, WIDTH - (n - j)..WIDTH, &mut magnitude) };
     }
     let mut lanes = [0u32; 8];
     // SAFETY: eight lanes.
     unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), magnitude) };
-    let magnitude = lanes.into_iter().fold(0, u32::max);
+    let magnitude = lanes.into_iter().fold(merge_columns::<S, T, R>(&mut tile, n - rest..n), u32::max);
     if T::DTYPE == DType::BF16 && magnitude > f32::INFINITY.to_bits() {
         // There is a NaN among the sums.
         finish_streaming();
@@ -237,19 +261,19 @@ pub(super) unsafe fn merge_tile_avx2<S: Lanes, T: Lanes, const R: usize>(mut til
 /// The sums of 16 columns from column `j` on.
 #[inline(always)]
 unsafe fn sums16<S: Lanes, T: Lanes, const R: usize>(
-    tile: &Tile<'_, T, R>,
+    rows: &Rows<'_, T, R>,
     j: usize,
     magnitude: &mut __m256i,
 ) -> [[__m256; 2]; R] {
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
         for r in 0..R {
-            _mm_prefetch::<_MM_HINT_T1>(tile.next[r].as_ptr().add(j * S::BYTES).cast());
+            _mm_prefetch::<_MM_HINT_T1>(rows.next[r].wrapping_add(j * S::BYTES).cast());
             for u in 0..2 {
-                sums[r][u] = S::load8(tile.pristine[r].as_ptr().add((j + 8 * u) * S::BYTES));
+                sums[r][u] = S::load8(rows.from[r].add((j + 8 * u) * S::BYTES));
             }
         }
-        for (a, w) in tile.a.iter().zip(tile.w.chunks_exact(R)) {
+        for (a, w) in rows.a.iter().zip(rows.w.chunks_exact(R)) {
             for u in 0..2 {
                 let a = _mm256_loadu_ps(a.as_ptr().add(j + 8 * u));
                 for r in 0..R {
@@ -270,14 +294,14 @@ unsafe fn sums16<S: Lanes, T: Lanes, const R: usize>(
 // SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
-    tile: &mut Tile<'_, T, R>,
+    rows: &Rows<'_, T, R>,
     j: usize,
     magnitude: &mut __m256i,
 ) {
     unsafe {
-        let sums = sums16::<S, T, R>(tile, j, magnitude);
+        let sums = sums16::<S, T, R>(rows, j, magnitude);
         for r in 0..R {
-            let to = tile.live[r].as_mut_ptr().add(j);
+            let to = rows.to[r].add(j);
             if STREAM {
                 T::stream8x2(to, sums[r]);
             } else {
@@ -292,18 +316,20 @@ unsafe fn columns8x2<S: Lanes, T: Lanes, const R: usize, const STREAM: bool>(
 // SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn part16<S: Lanes, T: Lanes, const R: usize>(
-    tile: &mut Tile<'_, T, R>,
+    rows: &Rows<'_, T, R>,
     j: usize,
     part: std::ops::Range<usize>,
     magnitude: &mut __m256i,
 ) {
+    let start = part.start;
     unsafe {
-        let sums = sums16::<S, T, R>(tile, j, magnitude);
+        let sums = sums16::<S, T, R>(rows, j, magnitude);
         for r in 0..R {
             let mut row = [T::round(0.0); 16];
             T::store8(row.as_mut_ptr(), sums[r][0]);
             T::store8(row.as_mut_ptr().add(8), sums[r][1]);
-            tile.live[r][j..][part.clone()].copy_from_slice(&row[part.clone()]);
+            let part = &row[part.clone()];
+            rows.to[r].add(j + start).copy_from_nonoverlapping(part.as_ptr(), part.len());
         }
     }
 }
@@ -318,27 +344,28 @@ pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut t
     let mut magnitude = _mm512_setzero_si512();
     let part = |len: usize| (0xffff_u32 >> (16 - len.min(16))) as u16;
     let streamed_from = streams(&tile);
+    let rows = Rows::of(&mut tile);
     let head = streamed_from.unwrap_or(0);
     let mut j = 0;
     // SAFETY of the four calls: the columns end at `head` or at n; streamed ones start after `head`, on a whole line.
     while j < head {
-        unsafe { columns16::<S, T, R, 1, false>(&mut tile, j, part(head - j), &mut magnitude) };
+        unsafe { columns16::<S, T, R, 1, false>(&rows, j, part(head - j), &mut magnitude) };
         j = head.min(j + 16);
     }
     if streamed_from.is_some() {
         while j + 32 <= n {
-            unsafe { columns16::<S, T, R, 2, true>(&mut tile, j, 0xffff, &mut magnitude) };
+            unsafe { columns16::<S, T, R, 2, true>(&rows, j, 0xffff, &mut magnitude) };
             j += 32;
         }
     } else {
         while j + 32 <= n {
             // SAFETY: the caller keeps what this function asks for.
-            unsafe { columns16::<S, T, R, 2, false>(&mut tile, j, 0xffff, &mut magnitude) };
+            unsafe { columns16::<S, T, R, 2, false>(&rows, j, 0xffff, &mut magnitude) };
             j += 32;
         }
     }
     while j < n {
-        unsafe { columns16::<S, T, R, 1, false>(&mut tile, j, part(n - j), &mut magnitude) };
+        unsafe { columns16::<S, T, R, 1, false>(&rows, j, part(n - j), &mut magnitude) };
         j = n.min(j + 16);
     }
     _mm512_reduce_max_epu32(magnitude)
@@ -348,7 +375,7 @@ pub(super) unsafe fn merge_tile_avx512<S: Lanes, T: Lanes, const R: usize>(mut t
 // SAFETY: the caller keeps what `Lanes` asks for.
 #[inline(always)]
 unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const STREAM: bool>(
-    tile: &mut Tile<'_, T, R>,
+    rows: &Rows<'_, T, R>,
     j: usize,
     mask: __mmask16,
     magnitude: &mut __m512i,
@@ -359,12 +386,13 @@ unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const ST
             for u in 0..U {
                 if S::BYTES == 4 || u % 2 == 0 {
                     // One per line; the next rows are too short for the processor to see them coming.
-                    _mm_prefetch::<_MM_HINT_T1>(tile.next[r].as_ptr().add((j + 16 * u) * S::BYTES).cast());
+                    let next = rows.next[r].wrapping_add((j + 16 * u) * S::BYTES).cast();
+                    _mm_prefetch::<_MM_HINT_T1>(next)
                 }
-                sums[r][u] = S::load16(tile.pristine[r].as_ptr().add((j + 16 * u) * S::BYTES), mask);
+                sums[r][u] = S::load16(rows.from[r].add((j + 16 * u) * S::BYTES), mask);
             }
         }
-        for (a, w) in tile.a.iter().zip(tile.w.chunks_exact(R)) {
+        for (a, w) in rows.a.iter().zip(rows.w.chunks_exact(R)) {
             for u in 0..U {
                 let a = _mm512_maskz_loadu_ps(mask, a.as_ptr().add(j + 16 * u));
                 for r in 0..R {
@@ -380,7 +408,7 @@ unsafe fn columns16<S: Lanes, T: Lanes, const R: usize, const U: usize, const ST
         }
         for r in 0..R {
             for u in 0..U {
-                let to = tile.live[r].as_mut_ptr().add(j + 16 * u);
+                let to = rows.to[r].add(j + 16 * u);
                 if STREAM {
                     T::stream16(to, sums[r][u]);
                 } else {

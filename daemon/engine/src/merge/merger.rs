@@ -1,8 +1,9 @@
 //! Applies compositions of adapters to the live weights, exactly and reversibly.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 #[cfg(feature = "cuda")]
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -11,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::adapter::{AdapterFactors, Placed};
+use super::adapter::{AdapterFactors, Place, Placed};
 use super::composition::{Composition, Marked};
 use super::dense::rewrite_dense;
 use super::kernel::{Isa, Rewrite, prefetch};
@@ -55,6 +56,8 @@ pub struct Merger {
     infos: Vec<LayerInfo>,
     index_of: BTreeMap<String, usize>,
     current: Composition,
+    /// Where the layers are of adapters that were merged before. A pointer that is held here is no other adapter's.
+    places: Vec<(Weak<AdapterFactors>, Arc<Place>)>,
     isa: Isa,
     /// Rows are computed aside and copied to the live weight, also where that is in main memory.
     staged: bool,
@@ -109,6 +112,7 @@ impl Merger {
             infos,
             index_of,
             current: Composition::default(),
+            places: Vec::new(),
             isa: Isa::detect(),
             staged: false,
             #[cfg(feature = "cuda")]
@@ -155,7 +159,7 @@ impl Merger {
     ) -> Result<MergeReport> {
         let start = Instant::now();
         let wanted = self.compose(adapters, strategy)?;
-        match self.rewrite(&self.current, &wanted) {
+        match self.rewrite(&self.current, &wanted, true) {
             Ok(mut report) => {
                 self.current = wanted;
                 report.seconds = start.elapsed().as_secs_f64();
@@ -163,10 +167,10 @@ impl Merger {
             }
             Err(error) => {
                 // What was merged before may itself need a strategy that fails by now; the file never does.
-                if self.rewrite(&wanted, &self.current).is_err() {
+                if self.rewrite(&wanted, &self.current, false).is_err() {
                     let nothing = Composition::default();
-                    self.rewrite(&wanted, &nothing)?;
-                    self.rewrite(&self.current, &nothing)?;
+                    self.rewrite(&wanted, &nothing, false)?;
+                    self.rewrite(&self.current, &nothing, false)?;
                     self.current = nothing;
                 }
                 Err(error)
@@ -174,21 +178,26 @@ impl Merger {
         }
     }
 
+    /// Where an adapter's layers are, found once as long as somebody holds the adapter.
+    fn place(&mut self, factors: &Arc<AdapterFactors>) -> Result<Arc<Place>> {
+        if let Some((_, place)) = self.places.iter().find(|(of, _)| of.as_ptr() == Arc::as_ptr(factors)) {
+            return Ok(place.clone());
+        }
+        let place = Arc::new(Place::new(factors, &self.infos, &self.index_of)?);
+        self.places.retain(|(of, _)| of.strong_count() > 0);
+        self.places.push((Arc::downgrade(factors), place.clone()));
+        Ok(place)
+    }
+
     /// Places, orders, plans and checks.
     pub(super) fn compose(
-        &self,
+        &mut self,
         adapters: &[(Arc<AdapterFactors>, f32)],
         strategy: &Arc<dyn MergeStrategy>,
     ) -> Result<Composition> {
         let mut placed = adapters
             .iter()
-            .map(|(factors, weight)| {
-                let known = self.current.adapters().iter().find(|placed| Arc::ptr_eq(&placed.factors, factors));
-                match known {
-                    Some(placed) => placed.with_weight(*weight),
-                    None => Placed::new(factors.clone(), *weight, &self.infos, &self.index_of),
-                }
-            })
+            .map(|(factors, weight)| Placed::new(factors.clone(), self.place(factors)?, *weight))
             .collect::<Result<Vec<_>>>()?;
         placed.retain(|adapter| adapter.weight != 0.0);
         placed.sort_by(|one, other| one.factors.digest().cmp(other.factors.digest()));
@@ -210,7 +219,9 @@ impl Merger {
     }
 
     /// Brings the live weights from composition `old` to `new`. On an error some rows may already be those of `new`.
-    fn rewrite(&self, old: &Composition, new: &Composition) -> Result<MergeReport> {
+    ///
+    /// `certain` says that all rows are those of `old`, so that rows without terms need not be read from the file.
+    fn rewrite(&self, old: &Composition, new: &Composition, certain: bool) -> Result<MergeReport> {
         let same = new.same_in(old);
         let (rows_written, bytes_written) = (AtomicU64::new(0), AtomicU64::new(0));
         #[cfg(feature = "cuda")]
@@ -231,7 +242,11 @@ impl Merger {
                         on_card.lock().unwrap_or_else(PoisonError::into_inner).push((index, terms));
                         rows
                     }
-                    false => rewrite_rows(self.isa, target, index, new, changed, staged)?,
+                    false => {
+                        let one_type = target.pristine.dtype() == target.live.dtype();
+                        let merged = if certain && one_type && !staged { old.merged_rows(index) } else { None };
+                        rewrite_rows(self.isa, target, index, new, changed, merged, staged)?
+                    }
                 };
                 let row_bytes = target.info.columns * target.live.dtype().size_in_bytes();
                 rows_written.fetch_add(rows as u64, Ordering::Relaxed);
@@ -252,7 +267,8 @@ impl Merger {
     }
 }
 
-/// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many.
+/// Writes the rows of layer `index` that are `marked`, as `composition` has them; returns how many. Those outside
+/// `merged`, if it is known, have the file's bits.
 ///
 /// With `staged` they are written to a matrix in main memory first, and copied from there run by run; where there are
 /// many runs, all rows between the first and the last, which have the same values as before.
@@ -262,6 +278,7 @@ fn rewrite_rows(
     index: usize,
     composition: &Composition,
     mut marked: Marked,
+    merged: Option<Vec<Range<u32>>>,
     staged: bool,
 ) -> Result<usize> {
     /// Copies of their own.
@@ -271,7 +288,9 @@ fn rewrite_rows(
     }
     let marked = &marked;
     let row_bytes = target.info.columns * target.pristine.dtype().size_in_bytes();
-    prefetch(&target.pristine.bytes()[marked.first() * row_bytes..]);
+    if merged.as_ref().is_none_or(|merged| !merged.is_empty()) {
+        prefetch(&target.pristine.bytes()[marked.first() * row_bytes..]);
+    }
     let terms = composition.row_terms(index, marked);
     let mut factors = vec![None; composition.adapters().len()];
     for term in terms.all() {
@@ -286,6 +305,7 @@ fn rewrite_rows(
         pristine: target.pristine.bytes(),
         columns: target.info.columns,
         terms: &terms,
+        merged,
         factors,
         not_finite: AtomicU32::new(u32::MAX),
     };

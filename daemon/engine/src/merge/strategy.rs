@@ -38,6 +38,10 @@ pub trait AdapterView: Send + Sync {
     fn digest(&self) -> &str;
     /// The caller's weight for it; 1 is "as trained".
     fn weight(&self) -> f32;
+    /// Whether it changes layer `layer`: whether it has [`factors`](Self::factors) there, without reading them.
+    fn changes(&self, layer: usize) -> bool {
+        self.factors(layer).is_some()
+    }
     /// Its factors on layer `layer` (an index into the layers given to `plan`), if it changes that layer.
     fn factors(&self, layer: usize) -> Option<Factors<'_>>;
 }
@@ -122,14 +126,15 @@ impl MergeStrategy for Sum {
         "sum"
     }
     fn plan(&self, layers: &[LayerInfo], adapters: &[&dyn AdapterView]) -> Result<Plan> {
-        let term = |index| {
-            move |(adapter, view): (usize, &&dyn AdapterView)| {
-                view.factors(index)?;
-                Some(Term { adapter, coefficients: Coefficients::Uniform(view.weight()) })
-            }
+        let plan = |layer| {
+            let changing = adapters.iter().enumerate().filter(|(_, view)| view.changes(layer));
+            let term = |(adapter, view): (usize, &&dyn AdapterView)| Term {
+                adapter,
+                coefficients: Coefficients::Uniform(view.weight()),
+            };
+            LayerPlan::Factored(changing.map(term).collect())
         };
-        let layer = |index| LayerPlan::Factored(adapters.iter().enumerate().filter_map(term(index)).collect());
-        Ok((0..layers.len()).map(layer).collect())
+        Ok((0..layers.len()).map(plan).collect())
     }
     fn fill(&self, _tile: Tile<'_>, _delta: &mut [f32]) -> Result<()> {
         Ok(())
