@@ -146,20 +146,67 @@ fn bytes_of<T: Copy>(values: &[T], to_bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
     values.iter().flat_map(|&x| to_bytes(x)).collect()
 }
 
-/// Where an adapter's layers are in a model.
+/// Which rows of a layer an adapter owns.
+pub(super) enum Owned<'a> {
+    /// All of these.
+    Block(Range<u32>),
+    /// These, ascending.
+    Scattered(&'a [u32]),
+}
+
+impl Owned<'_> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Block(rows) => rows.len(),
+            Self::Scattered(rows) => rows.len(),
+        }
+    }
+    /// The `local`-th of them.
+    pub fn row(&self, local: usize) -> u32 {
+        match self {
+            Self::Block(rows) => rows.start + local as u32,
+            Self::Scattered(rows) => rows[local],
+        }
+    }
+    /// Which of them lie in `range`.
+    pub fn within(&self, range: Range<u32>) -> Range<usize> {
+        match self {
+            Self::Block(rows) => {
+                let local = |row: u32| (row.clamp(rows.start, rows.end) - rows.start) as usize;
+                local(range.start)..local(range.end)
+            }
+            Self::Scattered(rows) => {
+                let local = |bound: u32| rows.partition_point(|&row| row < bound);
+                local(range.start)..local(range.end)
+            }
+        }
+    }
+}
+
+/// Where an adapter's layers are in a model. A merge of many adapters looks at all of them, and has their factors pushed
+/// out of the caches before: what it must know of each is small and lies together here.
 #[derive(Debug)]
 pub(super) struct Place {
     /// By the model's layer index the index of its own layer.
     layers: Box<[Option<u32>]>,
-    /// By the model's layer index from its first row there to behind its last one.
-    spans: Box<[Range<u32>]>,
+    /// By the model's layer index.
+    spans: Box<[Span]>,
+}
+
+/// From an adapter's first row in a layer to behind its last one.
+#[derive(Clone, Debug, Default)]
+struct Span {
+    rows: Range<u32>,
+    /// All rows in between are its own.
+    is_block: bool,
 }
 
 impl Place {
     /// `index_of` finds the model's `layers` by name. Fails on a layer that the model lacks or has in another size.
     pub fn new(factors: &AdapterFactors, layers: &[LayerInfo], index_of: &BTreeMap<String, usize>) -> Result<Self> {
         let incompatible = |reason: String| Error::Incompatible { adapter: factors.name().to_owned(), reason };
-        let (mut own, mut spans) = (vec![None; layers.len()], vec![0..0; layers.len()]);
+        let (mut own, mut spans) = (vec![None; layers.len()], vec![Span::default(); layers.len()]);
         for (at, layer) in factors.layers().enumerate() {
             let &index = index_of.get(&layer.name).ok_or_else(|| {
                 incompatible(format!(
@@ -177,7 +224,8 @@ impl Place {
             }
             own[index] = Some(at as u32);
             if let (Some(first), Some(last)) = (layer.rows.first(), layer.rows.last()) {
-                spans[index] = *first..last + 1;
+                let rows = *first..last + 1;
+                spans[index] = Span { is_block: rows.len() == layer.rows.len(), rows };
             }
         }
         Ok(Self { layers: own.into(), spans: spans.into() })
@@ -204,7 +252,17 @@ impl Placed {
 
     /// From its first row on the model's layer `index` to behind its last one; empty if it has none.
     pub fn span(&self, index: usize) -> Range<u32> {
-        self.place.spans.get(index).cloned().unwrap_or_default()
+        self.place.spans.get(index).map_or(0..0, |span| span.rows.clone())
+    }
+
+    /// The rows that it owns of the model's layer `index`.
+    pub fn owned(&self, index: usize) -> Owned<'_> {
+        match self.place.spans.get(index) {
+            Some(Span { rows, is_block: false }) if !rows.is_empty() => {
+                Owned::Scattered(self.layer(index).map_or(&[], |layer| &layer.rows))
+            }
+            _ => Owned::Block(self.span(index)),
+        }
     }
 
     /// Which of its own layers the model's layer `index` is.

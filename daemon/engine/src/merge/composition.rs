@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::adapter::Placed;
+use super::adapter::{Owned, Placed};
 use super::strategy::{AdapterView, Coefficients, LayerInfo, LayerPlan, MergeStrategy, Plan, Term, Tile};
 use crate::error::{Error, Result};
 
@@ -58,18 +58,18 @@ impl Marked {
         self.first = self.first.min(row);
         self.last = self.last.max(row);
     }
-    /// Marks ascending rows.
-    fn mark_all(&mut self, rows: &[u32]) {
-        let (Some(&first), Some(&last)) = (rows.first(), rows.last()) else { return };
-        let span = first as usize..=last as usize;
-        if span.clone().count() == rows.len() {
-            let flags = &mut self.flags[span];
-            self.count += flags.iter().filter(|flag| !**flag).count();
-            flags.fill(true);
-            self.first = self.first.min(first as usize);
-            self.last = self.last.max(last as usize);
-        } else {
-            rows.iter().for_each(|&row| self.mark(row));
+    fn mark_all(&mut self, rows: &Owned<'_>) {
+        match rows {
+            Owned::Scattered(rows) => rows.iter().for_each(|&row| self.mark(row)),
+            Owned::Block(rows) if rows.is_empty() => {}
+            Owned::Block(rows) => {
+                let (first, end) = (rows.start as usize, rows.end as usize);
+                let flags = &mut self.flags[first..end];
+                self.count += flags.iter().filter(|flag| !**flag).count();
+                flags.fill(true);
+                self.first = self.first.min(first);
+                self.last = self.last.max(end - 1);
+            }
         }
     }
     /// The lowest row.
@@ -267,21 +267,20 @@ impl Composition {
         let (new_terms, old_terms) = (self.terms(layer), old.terms(layer));
         let mut changed = Marked::none_of(rows);
         // Marks the rows whose coefficient differs from the one before; without one before, those that have one.
-        let mut mark = |placed: &Placed, now: &Coefficients, before: Option<&Coefficients>| {
-            // Looked up only where something differs: the adapters that stay are many, and cold.
-            let rows = || placed.layer(layer).map_or(&[][..], |found| &found.rows);
-            match (now, before.unwrap_or(&Coefficients::Uniform(0.0))) {
-                (Coefficients::Uniform(now), Coefficients::Uniform(before)) => {
-                    if (now + 0.0).to_bits() != (before + 0.0).to_bits() {
-                        changed.mark_all(rows());
-                    }
+        let mut mark = |placed: &Placed, now: &Coefficients, before: Option<&Coefficients>| match (
+            now,
+            before.unwrap_or(&Coefficients::Uniform(0.0)),
+        ) {
+            (Coefficients::Uniform(now), Coefficients::Uniform(before)) => {
+                if (now + 0.0).to_bits() != (before + 0.0).to_bits() {
+                    changed.mark_all(&placed.owned(layer));
                 }
-                (now, before) => {
-                    let differs = |&(local, _): &(usize, &u32)| {
-                        coefficient(now, local).to_bits() != coefficient(before, local).to_bits()
-                    };
-                    rows().iter().enumerate().filter(differs).for_each(|(_, &row)| changed.mark(row));
-                }
+            }
+            (now, before) => {
+                let owned = placed.owned(layer);
+                let differs =
+                    |&local: &usize| coefficient(now, local).to_bits() != coefficient(before, local).to_bits();
+                (0..owned.len()).filter(differs).for_each(|local| changed.mark(owned.row(local)));
             }
         };
         let mut stays = vec![false; old_terms.len()];
@@ -312,18 +311,9 @@ impl Composition {
         let mut found = Vec::with_capacity(marked.count);
         for Term { adapter, coefficients } in self.terms(layer) {
             let placed = &self.adapters[*adapter];
-            // Most adapters own other rows; where theirs lie tells, without a search through cold memory.
-            let span = placed.span(layer);
-            if span.start as usize > marked.last || span.end as usize <= marked.first {
-                continue;
-            }
-            let rows = placed.layer(layer).map_or(&[][..], |found| &found.rows);
-            let start = rows.partition_point(|&row| (row as usize) < marked.first);
-            for (local, &row) in rows.iter().enumerate().skip(start) {
-                if row as usize > marked.last {
-                    break;
-                }
-                let c = coefficient(coefficients, local);
+            let rows = placed.owned(layer);
+            for local in rows.within(marked.first as u32..marked.last as u32 + 1) {
+                let (row, c) = (rows.row(local), coefficient(coefficients, local));
                 if marked.flags[row as usize] && c != 0.0 {
                     owned[row as usize - marked.first] += 1;
                     found.push((row, RowTerm { adapter: *adapter as u32, local: local as u32, coefficient: c }));

@@ -233,6 +233,11 @@ impl Rewrite<'_> {
     /// Rewrites the `task`-th of the rows, run by run of rows that take the same adapters.
     fn run_task<S: Lanes, T: Lanes>(&self, live: &LiveRows<T>, task: Range<usize>) {
         let (mut a, mut w) = (Vec::new(), Vec::new());
+        for term in task.clone().flat_map(|index| self.terms.of(index)) {
+            if let Some((factors, _)) = self.factors[term.adapter as usize] {
+                prefetch(&factors.b[term.local as usize * factors.rank..][..factors.rank]);
+            }
+        }
         let mut start = task.start;
         while start < task.end {
             let same = (start + 1..task.end).take_while(|&index| self.terms.alike(start, index)).count();
@@ -365,12 +370,12 @@ impl Rewrite<'_> {
     }
 }
 
-/// Asks for the first tile's worth of `bytes` to be brought near, while there is other work to do.
-pub(super) fn prefetch(bytes: &[u8]) {
+/// Asks for the first tile's worth of `values` to be brought near, while there is other work to do.
+pub(super) fn prefetch<T>(values: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    kernel_x86::prefetch(&bytes[..bytes.len().min(AHEAD_BYTES)]);
+    kernel_x86::prefetch(&values[..values.len().min(AHEAD_BYTES / size_of::<T>())]);
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
+    let _ = values;
 }
 
 /// Writes a tile; returns the largest magnitude in it before rounding, as bits.

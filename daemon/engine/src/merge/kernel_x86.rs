@@ -193,11 +193,11 @@ fn streams<T: Element, const R: usize>(tile: &Tile<'_, T, R>) -> Option<usize> {
         .then(|| tile.live[0].as_ptr().align_offset(LINE))
 }
 
-/// Asks for `bytes` to be brought near.
-pub(super) fn prefetch(bytes: &[u8]) {
-    for line in bytes.chunks(LINE) {
+/// Asks for `values` to be brought near.
+pub(super) fn prefetch<T>(values: &[T]) {
+    for at in (0..size_of_val(values)).step_by(LINE) {
         // SAFETY: every x86-64 processor has it, and it reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().wrapping_add(at)) };
     }
 }
 
