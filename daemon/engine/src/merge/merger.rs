@@ -230,6 +230,8 @@ impl Merger {
             .targets
             .par_iter()
             .enumerate()
+            // Layers differ in size a hundredfold: whoever is done takes over one at a time.
+            .with_max_len(1)
             .map(|(index, target)| -> Result<usize> {
                 let Some(changed) = new.changed_rows(old, &same, index, target.info.rows) else { return Ok(0) };
                 let staged = self.staged || !target.live.device().is_cpu();
