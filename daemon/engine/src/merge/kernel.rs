@@ -495,10 +495,13 @@ mod tests {
         }
     }
 
+    /// Merges rows from f32 bytes with the row A.
+    type Run<'a, T> = &'a dyn Fn(&[u8], &[f32], &mut [T]) -> u32;
+
     /// What the kernel of `isa` makes of `values`, several rows at a time and in place, too, is what plain Rust makes of
     /// one row of them.
     fn same<T: Lanes>(isa: Isa, values: &[f32], w: f32, bits: fn(T) -> u32) {
-        let check = |bytes: &[f32], rows: usize, run: &dyn Fn(&[u8], &[f32], &mut [T]) -> u32| {
+        let check = |bytes: &[f32], rows: usize, run: Run<'_, T>| {
             let a: Vec<f32> = bytes.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect();
             let bytes: Vec<u8> = bytes.iter().flat_map(|x| x.to_le_bytes()).collect();
             let mut expected = vec![T::round(0.0); a.len()];
