@@ -15,8 +15,8 @@ Cases, all in f32 on the CPU:
                   and ours in f16
   start           time from the start of the process to the end of the first denoising step, warm page cache
   sdcpp           a denoising step of SD 1.5 at 512x512 without guidance in stable-diffusion.cpp, plain and with its flash
-                  attention, in f32 and f16, and the peak memory of a picture; only where it is named, as its compilation
-                  takes ten minutes and a C++ compiler
+                  attention, in f32 and f16; only where it is named, as its compilation takes minutes and a C++ compiler,
+                  and its picture longer
 
 SD 1.5 here is a folder with random weights of its shapes, which `blocklora bench model` writes (4.3 GB; --models says
 where, and an existing folder is used again). Where torch, diffusers, transformers or peft are missing, the script
@@ -273,17 +273,17 @@ def peer_process(kind):
 
 
 def sdcpp_process():
-    """The same in stable-diffusion.cpp: prints the milliseconds of each step after the first, and its peak memory."""
+    """A process of its own that draws a picture with stable-diffusion.cpp and prints the milliseconds of its steps but the
+    first."""
     from stable_diffusion_cpp import StableDiffusion
     model = StableDiffusion(model_path=str(ARGS.folder), n_threads=ARGS.threads, wtype=ARGS.precision, verbose=False,
                             diffusion_flash_attn=ARGS.flash)
     ends = []
     model.generate_image("a", width=512, height=512, cfg_scale=1.0, sample_steps=ARGS.repeats + 1, sample_method="euler",
                          seed=1, progress_callback=lambda step, steps, seconds: ends.append(time.perf_counter()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # It also tells when it begins.
     steps = [1e3 * (end - start) for start, end in zip(ends, ends[1:])][-ARGS.repeats:]
-    print(json.dumps({"step_ms": steps, "peak_resident_bytes": peak}))
+    print(json.dumps({"step_ms": steps}))
 
 
 def run_peer(kind, path, precision="f32", *options):
@@ -371,27 +371,21 @@ def start():
 
 
 def sdcpp():
-    """Steps in turns, and the peak memory of a picture."""
+    """Steps in turns."""
     result = {}
     for precision in ["f32", "f16"]:
         path = folder(precision)
-        mine, theirs, peaks = [], {"plain": [], "flash": []}, {}
+        mine, theirs = [], {"plain": [], "flash": []}
         for _ in range(ARGS.rounds):
-            figures = ours("unet", "--base", path, "--precision", precision, "--repeats", ARGS.repeats)
-            mine.append(figures["wall_ms"])
+            mine.append(ours("unet", "--base", path, "--precision", precision, "--repeats", ARGS.repeats)["wall_ms"])
             for way, options in [("plain", []), ("flash", ["--flash"])]:
                 figures = run_peer(SDCPP, path, precision, *options)
                 if "error" in figures:
                     sys.exit(f"stable-diffusion.cpp failed: {figures['error']}")
                 theirs[way] += figures["step_ms"]
-                peaks[way] = figures["peak_resident_bytes"]
-        peak = ours("sample", "--base", path, "--precision", precision, "--steps", 2)["peak_resident_bytes"]
         mine = statistics.median(mine)
-        result[precision] = {"ours_ms": mine, "ours_bytes": peak}
-        for way, steps in theirs.items():
-            median = statistics.median(steps)
-            result[precision][way] = {"ms": median, "ratio": mine / median, "bytes": peaks[way],
-                                      "ratio_bytes": peak / peaks[way]}
+        theirs = {way: statistics.median(steps) for way, steps in theirs.items()}
+        result[precision] = {"ours_ms": mine, "sdcpp_ms": theirs, "ratio": {way: mine / ms for way, ms in theirs.items()}}
     return result
 
 
