@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::composition::Composition;
-use super::kernel::Element;
+use super::element::Element;
 use super::merger::{Target, not_finite};
 use crate::error::{Error, Result};
 

@@ -9,7 +9,8 @@ use std::arch::x86_64::*;
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::kernel::{Element, Tile, merge_columns, merge_tile_portable};
+use super::element::Element;
+use super::kernel::{Tile, merge_columns, merge_tile_portable};
 
 /// Loads and stores of one weight type, widened to and rounded from f32.
 ///

@@ -11,6 +11,7 @@ mod conflicts_tests;
 mod dense;
 #[cfg(test)]
 mod dense_tests;
+mod element;
 mod kernel;
 mod kernel_copy;
 #[cfg(feature = "cuda")]
