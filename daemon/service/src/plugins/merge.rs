@@ -57,8 +57,6 @@ pub fn failed(id: &str, error: blocklora_sdk::Error) -> Error {
 fn adapters<'a>(layers: usize, views: &[&'a dyn AdapterView]) -> Vec<sdk::Adapter<'a>> {
     let factors = |view: &'a dyn AdapterView, layer| {
         let f = view.factors(layer)?;
-        // What strategies look at first, and on one thread. Memory is slow to answer, but answers many at once.
-        std::hint::black_box((f.rows.first().copied(), f.rows.last().copied()));
         Some(sdk::Factors { a: f.a, b: f.b, rows: f.rows, rank: f.rank, scale: f.scale })
     };
     let adapter = |&view: &&'a dyn AdapterView| {
