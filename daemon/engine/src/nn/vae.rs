@@ -12,6 +12,9 @@ use crate::ops;
 
 const EPS: f64 = 1e-6;
 
+/// Elements of a feature map beside which memory that is kept for later counts, and the time of getting it anew does not.
+const LARGE: usize = 1 << 23;
+
 /// Single-head attention over the pixels of the middle block.
 #[derive(Clone, Debug)]
 struct PixelAttention {
@@ -185,6 +188,10 @@ impl Decoder {
     fn forward(&self, z: &Tensor) -> Result<Tensor> {
         let mut h = self.mid_block.forward(&self.conv_in.forward(z)?)?;
         for block in &self.up_blocks {
+            // Tensors of the levels before, and of the UNet, are of other sizes and would not make room for these.
+            if h.elem_count() >= LARGE {
+                ops::give_back_freed_pages();
+            }
             for resnet in &block.resnets {
                 h = resnet.forward(&h, None)?;
             }

@@ -35,7 +35,7 @@ pub use frozen::Frozen;
 pub use geglu::geglu;
 pub use linear::linear;
 pub use linear_lora::linear_lora;
-pub(crate) use memory::keep_freed_pages;
+pub(crate) use memory::{give_back_freed_pages, keep_freed_pages};
 pub use norm::{group_norm, layer_norm};
 pub use reference::LoraBranch;
 pub use upsample::upsample_nearest2x;
