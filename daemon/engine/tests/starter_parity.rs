@@ -13,6 +13,47 @@ use support::*;
 
 const TOLERANCE: f32 = 1e-4;
 
+/// A program may read either notation of the vocabulary.
+#[test]
+fn both_notations_of_the_vocabulary_are_one() {
+    let starter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../starter");
+    for folder in ["model/tokenizer", "clip"] {
+        let folder = starter.join(folder);
+        let read = |file: &str| std::fs::read_to_string(folder.join(file)).unwrap();
+        let whole: serde_json::Value = serde_json::from_str(&read("tokenizer.json")).unwrap();
+        let vocab: serde_json::Value = serde_json::from_str(&read("vocab.json")).unwrap();
+        assert!(whole["model"]["vocab"] == vocab, "{}", folder.display());
+        let rule = |rule: &serde_json::Value| format!("{} {}", rule[0].as_str().unwrap(), rule[1].as_str().unwrap());
+        let rules: Vec<String> = whole["model"]["merges"].as_array().unwrap().iter().map(rule).collect();
+        assert_eq!(read("merges.txt").lines().skip(1).collect::<Vec<_>>(), rules, "{}", folder.display());
+    }
+}
+
+#[test]
+fn two_vocabularies_in_one_folder_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let starter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../starter/model");
+    copy(&starter, folder.path());
+    let path = folder.path().join("tokenizer/vocab.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let other = text.replace("\"dog</w>\": 827", "\"dog</w>\": 1").replace("\"\\\"\": 1", "\"\\\"\": 827");
+    assert_ne!(other, text);
+    std::fs::write(&path, other).unwrap();
+    let error = Model::load(folder.path(), &Device::Cpu, DType::F32).unwrap_err().to_string();
+    assert!(error.contains("vocab.json") && error.contains("tokenizer.json"), "{error}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to.join(entry.file_name())),
+            false => drop(std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap()),
+        }
+    }
+}
+
 #[test]
 fn the_starter_equals_diffusers() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");

@@ -40,6 +40,7 @@ def train(captions, vocabulary, folder, length):
         "tokenizer_class": "CLIPTokenizer", **special, "model_max_length": length, "do_lower_case": True,
         "add_prefix_space": False, "errors": "replace"})
     config = (folder / "tokenizer_config.json").read_text()
+    (folder / "tokenizer.json").unlink(missing_ok=True)   # one of before would be read instead of the new files
     loaded = CLIPTokenizer.from_pretrained(str(folder))
     loaded.save_pretrained(str(folder))              # adds tokenizer.json
     (folder / "tokenizer_config.json").write_text(config)

@@ -79,7 +79,9 @@ impl Vocabulary {
                 })
                 .collect::<Result<_>>()?;
             let added = json.added_tokens.into_iter().map(|token| (token.id, token.content)).collect();
-            return Ok(Self { vocab: json.model.vocab, merges, added });
+            let vocabulary = Self { vocab: json.model.vocab, merges, added };
+            vocabulary.expect_agreement(&dir.join("vocab.json"))?;
+            return Ok(vocabulary);
         }
         let vocab = read_json(&dir.join("vocab.json"))?;
         let path = dir.join("merges.txt");
@@ -93,6 +95,23 @@ impl Vocabulary {
             added.extend(tokens.into_iter().map(|(content, id)| (id, content)));
         }
         Ok(Self { vocab, merges, added })
+    }
+
+    /// Fails where the older file at `path`, which other programs may read instead, gives a word another id: one of the
+    /// two is not this model's, and would make other pictures of the same prompt.
+    fn expect_agreement(&self, path: &Path) -> Result<()> {
+        if !path.is_file() {
+            return Ok(());
+        }
+        let older: BTreeMap<String, u32> = read_json(path)?;
+        let differs = |(word, id): &(&String, &u32)| self.vocab.get(*word).is_some_and(|ours| ours != *id);
+        let Some((word, id)) = older.iter().find(differs) else { return Ok(()) };
+        let reason = format!(
+            "{word:?} = {id}, but {} in tokenizer.json beside it: they are of different vocabularies; keep the one that \
+             this model was trained with",
+            self.vocab[word]
+        );
+        Err(Error::invalid_file(path, reason))
     }
 }
 
