@@ -192,8 +192,9 @@ pub fn peft(adapter: &Adapter, folder: impl AsRef<Path>) -> Result<Vec<PathBuf>>
     Ok(folders)
 }
 
-/// Writes the concept's tokens as one textual inversion: the key `<name>` and one vector per token, [tokens, d]. Tools
-/// that read it put the vectors where a prompt says `<name>`, as this project does.
+/// Writes the concept's tokens as one textual inversion: the key `<name>` and one vector per token, [tokens, d].
+/// diffusers puts the vectors where a prompt says `<name>`, as this project does; tools that call an embedding by its file
+/// (AUTOMATIC1111's, ComfyUI) do so where a prompt says the file's name without its ending.
 ///
 /// Fails if there are no tokens, or if they are layer-wise: other tools give every cross-attention layer the same
 /// vectors.

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::adapter::KEY_SPEC;
 use crate::dtype::Storage;
 use crate::error::{Error, Result, excerpt, shortened};
 use crate::{json, limits};
@@ -105,8 +106,12 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
         serde_json::from_slice(text).map_err(|e| invalid(excerpt(&e.to_string())))?;
     let metadata = match raw.remove("__metadata__") {
         Some(value) => serde_json::from_value(value).map_err(|e| invalid(excerpt(&format!("__metadata__: {e}"))))?,
-        None => BTreeMap::new(),
+        None => BTreeMap::<String, String>::new(),
     };
+    // Other programs' files are told from damaged ones of ours.
+    if !metadata.contains_key(KEY_SPEC) {
+        return Err(Error::MissingMetadata { path: path.into(), key: KEY_SPEC });
+    }
     let base = 8 + length as usize;
     let mut tensors = BTreeMap::new();
     for (name, entry) in raw {

@@ -207,10 +207,18 @@ impl Manifest {
         ensure_name(&self.name, "name")?;
         ensure(is_text(&self.class_word, 64), "class_word", "must be 1 to 64 characters, none of them control")?;
         self.validate_tokens()?;
-        ensure(is_text(&self.base.architecture, 256), "base.architecture", "must be 1 to 256 characters")?;
+        ensure(
+            is_text(&self.base.architecture, 256),
+            "base.architecture",
+            "must be 1 to 256 characters, none of them control",
+        )?;
         ensure(is_hex_digest(&self.base.digest), "base.digest", HEX_RULE)?;
         ensure_name(&self.algorithm.id, "algorithm.id")?;
-        ensure(is_text(&self.algorithm.version, 64), "algorithm.version", "must be 1 to 64 characters")?;
+        ensure(
+            is_text(&self.algorithm.version, 64),
+            "algorithm.version",
+            "must be 1 to 64 characters, none of them control",
+        )?;
         ensure(self.algorithm.digest.as_deref().is_none_or(is_hex_digest), "algorithm.digest", HEX_RULE)?;
         ensure(self.algorithm.config.is_object(), "algorithm.config", "must be an object")?;
         if let Some(partition) = &self.partition {
@@ -225,7 +233,7 @@ impl Manifest {
         ensure(lambda_ok, "erasure_lambda", format!("{} is not in 0..1", self.erasure_lambda))?;
         ensure(is_hex_digest(&self.training.data_digest), "training.data_digest", HEX_RULE)?;
         let licence_ok = self.licence.as_deref().is_none_or(|l| is_text(l, 256));
-        ensure(licence_ok, "licence", "must be null or 1 to 256 characters")?;
+        ensure(licence_ok, "licence", "must be null or 1 to 256 characters, none of them control")?;
         let created_ok = self.created.as_deref().is_none_or(is_timestamp);
         ensure(created_ok, "created", "must be null or like 2026-01-31T23:59:59Z")?;
         ensure(is_hex_digest(&self.tensor_digest), "tensor_digest", HEX_RULE)

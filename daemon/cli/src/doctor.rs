@@ -238,7 +238,7 @@ async fn inside(daemon: &Daemon) -> anyhow::Result<Vec<Finding>> {
             bad => {
                 let cure = match bad {
                     "quarantined" => {
-                        format!("replace it, or try again: blocklora plugin quarantine --clear {}", state.id)
+                        format!("replace it, or try again: blocklora plugin quarantine {} --lift", state.id)
                     }
                     _ => "build it again with the SDK of this version".to_owned(),
                 };

@@ -45,6 +45,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         folder.finish()?;
         return announce(&args.output);
     }
+    let words = args.output.with_extension(args::WORDS_EXTENSION);
+    for path in [&args.output, &words] {
+        output::not_the_same(&args.file, path)?;
+    }
     output::check_file(&args.output)?;
     match args.format {
         Format::Kohya => export::kohya(&adapter, &args.output)?,
@@ -55,11 +59,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     announce(&args.output)?;
-    if adapter.tokens().iter().all(|t| t.layers == 1) && !adapter.tokens().is_empty() {
-        let words = args.output.with_extension(args::WORDS_EXTENSION);
+    if adapter.tokens().is_empty() {
+        return Ok(());
+    }
+    if adapter.tokens().iter().all(|t| t.layers == 1) {
         export::textual_inversion(&adapter, &words)?;
         return announce(&words);
     }
+    let name = &adapter.manifest().name;
+    eprintln!(
+        "blocklora: the words of <{name}> have a vector for each layer, which other tools cannot read: train with \
+         tokens = \"plain\" for a file of words, too"
+    );
     Ok(())
 }
 

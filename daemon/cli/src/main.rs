@@ -145,7 +145,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Models(command) => models::run(&command, &daemon),
         Command::Slots(args) => slots::run(&args, &daemon),
         Command::Jobs(command) => jobs::run(&command, &daemon),
-        Command::Plugin(command) => plugin::run(&command),
+        Command::Plugin(command) => plugin::run(&command, &daemon),
         Command::Status(args) => status::run(&args, &daemon),
         Command::Doctor(args) => doctor::run(&args, &daemon),
         Command::Bench(command) => bench::run(&command, cli.threads),

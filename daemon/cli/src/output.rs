@@ -83,6 +83,16 @@ pub fn check_file(path: &Path) -> anyhow::Result<()> {
     OutputFile::create(path).map(drop)
 }
 
+/// Fails where `output` is the file `input`, which would be lost.
+pub fn not_the_same(input: &Path, output: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+    if identity(output).is_some() && identity(output) == identity(input) {
+        bail!("{}: is the file that is read, which would be lost: give another name", output.display());
+    }
+    Ok(())
+}
+
 /// A folder that will appear at its path.
 pub struct OutputFolder {
     path: PathBuf,

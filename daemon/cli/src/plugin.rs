@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use blocklora_check::Level;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_service::plugins::check::Request;
-use blocklora_service::plugins::{Entry, State};
+use blocklora_service::plugins::{Entry, PluginError, State};
 use serde_json::json;
 
-use crate::{methods, output};
+use crate::{daemon, methods, output};
 
 /// See which merge strategies, trainers and samplers there are
 #[derive(clap::Subcommand)]
@@ -80,7 +80,8 @@ pub struct InfoArgs {
 
 /// Keep a plugin from being loaded, or lift that
 ///
-/// A plugin that crashes or hangs is quarantined by itself; the quarantine ends when its file changes.
+/// A plugin that crashes or hangs is quarantined by itself; the quarantine ends when its file changes. A daemon that runs
+/// is told, too.
 #[derive(clap::Args)]
 pub struct QuarantineArgs {
     /// Its kind and id, as `list` shows them: merge-blocklora
@@ -115,13 +116,13 @@ impl std::str::FromStr for Name {
 }
 
 /// Runs the command.
-pub fn run(command: &Command) -> anyhow::Result<()> {
+pub fn run(command: &Command, options: &daemon::Options) -> anyhow::Result<()> {
     match command {
         Command::List(args) => list(args),
         Command::Info(args) => info(args),
         Command::Check(args) => check(args),
         Command::New(args) => new(args),
-        Command::Quarantine(args) => quarantine(args),
+        Command::Quarantine(args) => quarantine(args, options),
     }
 }
 
@@ -231,14 +232,32 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn quarantine(args: &QuarantineArgs) -> anyhow::Result<()> {
+fn quarantine(args: &QuarantineArgs, options: &daemon::Options) -> anyhow::Result<()> {
     let Name { kind, id } = &args.plugin;
+    let told = daemon::run(tell_daemon(args, options))?;
     let reason = (!args.lift).then_some("put there by hand");
-    methods::plugins().set_quarantine(*kind, id, reason)?;
+    match methods::plugins().set_quarantine(*kind, id, reason) {
+        // The machine's daemon may have plugins that this user's commands do not find.
+        Err(PluginError::Unknown { .. }) if told => {}
+        result => result?,
+    }
     if args.json {
         return output::print_json(&json!({"kind": kind, "id": id, "quarantined": !args.lift}));
     }
     let now = if args.lift { "is no longer quarantined" } else { "is quarantined" };
     output::print(&format!("{kind}-{id} {now}\n"))?;
     Ok(())
+}
+
+/// Quarantines the plugin, or lifts that, in the daemon that runs; whether there is one that has the plugin.
+async fn tell_daemon(args: &QuarantineArgs, options: &daemon::Options) -> anyhow::Result<bool> {
+    let Some(daemon) = daemon::running(options).await? else { return Ok(false) };
+    let name = format!("{}-{}", args.plugin.kind, args.plugin.id);
+    for plugin in daemon.client.plugins().await? {
+        if plugin.state().await?.id == name {
+            plugin.set_state(if args.lift { "cleared" } else { "disabled" }).await?;
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

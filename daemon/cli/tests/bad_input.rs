@@ -200,6 +200,10 @@ fn what_is_there_is_not_overwritten_by_folders() {
     fails(&["export", "milo.safetensors", "--format", "peft", "-o", "full"], &["full", "not empty"]);
     fails(&["export", "milo.safetensors", "--format", "kohya", "-o", "full"], &["full", "is a folder"]);
     fails(&["export", "milo.safetensors", "--format", "textual-inversion", "-o", "x.st"], &["layer-wise", "plain"]);
+    for format in ["kohya", "diffusers", "textual-inversion"] {
+        let output = "./milo.safetensors";
+        fails(&["export", "milo.safetensors", "--format", format, "-o", output], &["milo", "which would be lost"]);
+    }
     fails(&["generate", "a cat", "-o", "full"], &["full", "is a folder"]);
     fails(&["generate", "a cat", "-o", "no/where.png"], &["no", "does not exist"]);
     fails(&["inspect", "milo.safetensors", "--plot", "full"], &["full", "is a folder"]);

@@ -3,11 +3,11 @@
 
 mod common;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use blocklora_engine::image::Picture;
-use common::{Make, adapter, is_one_clear_line, snapshot, succeeds, temporary, text};
+use common::{Daemon, Make, adapter, is_one_clear_line, snapshot, succeeds, temporary, text};
 
 /// A command with the library in `state`.
 fn with_library(state: &Path, args: &[&str]) -> Output {
@@ -101,8 +101,41 @@ fn a_private_daemon_leaves_nothing_behind() {
     assert!(drawn.stderr.is_empty(), "piped, it is quiet: {}", String::from_utf8_lossy(&drawn.stderr));
     assert_eq!(run(&["generate", "a cat", "--sampler", "magic", "-o", text(&out)]).status.code(), Some(1));
     assert!(snapshot(&tmp).is_empty(), "{:?}", snapshot(&tmp));
-    assert!(!state.exists(), "files given with --with are for one job alone");
+    // Files given with --with are for one job alone; what is known about plugins is kept for the next command.
+    let kept = |path: &PathBuf| {
+        path.starts_with("running") || path.starts_with("plugins.json") || path.starts_with("plugins.lock")
+    };
+    let files: Vec<PathBuf> =
+        snapshot(&state).into_keys().map(|path| path.strip_prefix(&state).unwrap().to_owned()).collect();
+    assert!(!files.is_empty() && files.iter().all(kept), "{files:?}");
     assert!(daemons(&tmp).is_empty(), "a daemon outlives its command");
+}
+
+#[test]
+fn a_quarantine_holds_for_every_command_and_for_the_daemon_that_runs() {
+    let folder = temporary();
+    let path = folder.path();
+    let state = path.join("state");
+    let out = path.join("x.png");
+    let draw = ["generate", "a dog", "--sampler", "ddim", "--steps", "2", "-o", text(&out)];
+    let quarantine = ["plugin", "quarantine", "sample-ddim"];
+    let lift = ["plugin", "quarantine", "sample-ddim", "--lift"];
+    let private = |args: &[&str]| with_library(&state, args);
+    assert!(private(&draw).status.success());
+    assert!(private(&quarantine).status.success());
+    is_one_clear_line(&private(&draw), 1, &["sample-ddim is quarantined", "plugin quarantine sample-ddim --lift"]);
+    assert!(private(&lift).status.success());
+    assert!(private(&draw).status.success());
+
+    // The daemon has records of its own, as the machine's has.
+    let daemon = Daemon::start();
+    let socket = daemon.socket();
+    let there = |args: &[&str]| private(&[args, &["--daemon", text(&socket)]].concat());
+    assert!(there(&draw).status.success());
+    assert!(there(&quarantine).status.success());
+    is_one_clear_line(&there(&draw), 1, &["quarantined"]);
+    assert!(there(&lift).status.success());
+    assert!(there(&draw).status.success());
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn both_notations_of_the_vocabulary_are_one() {
 fn two_vocabularies_in_one_folder_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let starter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../starter/model");
-    copy(&starter, folder.path());
+    copy_folder(&starter, folder.path());
     let path = folder.path().join("tokenizer/vocab.json");
     let text = std::fs::read_to_string(&path).unwrap();
     let other = text.replace("\"dog</w>\": 827", "\"dog</w>\": 1").replace("\"\\\"\": 1", "\"\\\"\": 827");
@@ -41,17 +41,6 @@ fn two_vocabularies_in_one_folder_are_refused() {
     std::fs::write(&path, other).unwrap();
     let error = Model::load(folder.path(), &Device::Cpu, DType::F32).unwrap_err().to_string();
     assert!(error.contains("vocab.json") && error.contains("tokenizer.json"), "{error}");
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in from.read_dir().unwrap() {
-        let entry = entry.unwrap();
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &to.join(entry.file_name())),
-            false => drop(std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap()),
-        }
-    }
 }
 
 #[test]

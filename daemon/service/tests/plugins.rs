@@ -212,6 +212,68 @@ fn a_quarantine_holds_until_it_is_lifted_or_the_file_changes() {
     again.sampler("ddim", &Value::Null).unwrap();
 }
 
+/// The worker of the plugin whose manifest lies at `manifest`: its process, and its process group.
+fn worker_of(manifest: &Path) -> (rustix::process::Pid, i32) {
+    let is_worker = |process: &Path| {
+        let arguments = std::fs::read(process.join("cmdline")).unwrap_or_default();
+        let manifest = manifest.as_os_str().as_encoded_bytes();
+        arguments.split(|byte| *byte == 0).any(|argument| argument == manifest)
+    };
+    let processes = Path::new("/proc").read_dir().unwrap().map(|entry| entry.unwrap().path());
+    let process = processes.into_iter().find(|process| is_worker(process)).unwrap();
+    let stat = std::fs::read_to_string(process.join("stat")).unwrap();
+    // Behind the program's name: state, parent, process group.
+    let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().parse().unwrap();
+    let id = process.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    (rustix::process::Pid::from_raw(id).unwrap(), group)
+}
+
+/// A service that is stopped and a terminal's Ctrl-C end workers, too: that says nothing about the plugin.
+#[test]
+fn who_ends_a_worker_from_outside_does_not_quarantine_its_plugin() {
+    let folder = tempfile::tempdir().unwrap();
+    let installed = folder.path().join("installed");
+    std::fs::create_dir(&installed).unwrap();
+    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
+    let manifest = installed.join("sample-ddim.toml");
+    std::fs::copy(&found.path, &manifest).unwrap();
+    std::fs::copy(&found.library, installed.join("libsample_ddim.so")).unwrap();
+    let host = host(&folder, |options| {
+        options.folders = vec![installed.clone()];
+        options.isolation = Isolation::Worker;
+    });
+    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::KILL] {
+        let sampler = host.sampler("ddim", &Value::Null).unwrap();
+        sampler.sample(&mut constant(), &mut [0.5; 4], 3).unwrap();
+        let (worker, group) = worker_of(&manifest);
+        assert_eq!(worker.as_raw_nonzero().get(), group, "signals to this process group reach the worker");
+        rustix::process::kill_process(worker, signal).unwrap();
+        let error = sampler.sample(&mut constant(), &mut [0.5; 4], 3).unwrap_err().to_string();
+        assert!(error.contains("was killed") && error.contains("start the job again"), "{error}");
+        let entry = host.list().0.remove(0);
+        assert_eq!((entry.state, entry.crashes), (State::Ready, 0));
+    }
+    host.sampler("ddim", &Value::Null).unwrap().sample(&mut constant(), &mut [0.5; 4], 3).unwrap();
+}
+
+#[test]
+fn the_manifest_says_what_the_library_was_built_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
+    let copy = |from: &Path, name: &str| {
+        // Both texts, that of the file and that in the library.
+        let mut bytes = std::fs::read(from).unwrap();
+        let at = bytes.windows(11).position(|window| window == b"abi = \"1.1\"").unwrap();
+        bytes[at + 9] = b'0';
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    };
+    copy(&found.path, "sample-ddim.toml");
+    copy(&found.library, "libsample_ddim.so");
+    let host = host(&folder, |options| options.folders = vec![folder.path().to_owned()]);
+    let error = host.sampler("ddim", &Value::Null).map(drop).unwrap_err().to_string();
+    assert!(error.contains("built for ABI 1.1") && error.contains("abi = \"1.0\""), "{error}");
+}
+
 #[test]
 fn a_worker_gives_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();

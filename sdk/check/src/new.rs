@@ -42,7 +42,8 @@ pub fn new_plugin(id: &str, kind: PluginKind, parent: &Path, sdk: Option<&Path>)
         let message = format!("{} exists: choose another id or folder", folder.display());
         return Err(Error::new(ErrorKind::AlreadyExists, message));
     }
-    let type_name: String = id.split('-').map(capitalised).collect();
+    // Behind the id, so that no id gives a name that Rust or the SDK has already.
+    let type_name = id.split('-').map(capitalised).collect::<String>() + "Method";
     let dependency = match sdk {
         Some(path) => format!("{{ path = {:?} }}", path.canonicalize()?.display().to_string()),
         None => format!("{:?}", env!("CARGO_PKG_VERSION")),

@@ -58,6 +58,12 @@ fn bad_ids_and_taken_folders_are_refused() {
     for id in ["", "Upper", "1st", "a b", "../up", "end-", &"x".repeat(65)] {
         assert!(new_plugin(id, PluginKind::Merge, folder.path(), None).is_err(), "{id}");
     }
+    // Words that are taken in Rust or among the SDK's names.
+    for (id, name) in [("self", "SelfMethod"), ("plan", "PlanMethod"), ("my-own", "MyOwnMethod")] {
+        let made = new_plugin(id, PluginKind::Merge, folder.path(), None).unwrap();
+        let code = std::fs::read_to_string(made.join("src/lib.rs")).unwrap();
+        assert!(code.contains(&format!("pub struct {name} {{")), "{code}");
+    }
     let made = new_plugin("mine", PluginKind::Merge, folder.path(), None).unwrap();
     let cargo = std::fs::read_to_string(made.join("Cargo.toml")).unwrap();
     assert!(cargo.contains("blocklora-sdk = \"0.1.0\"") && !cargo.contains("my-method"), "{cargo}");

@@ -235,7 +235,7 @@ pub fn weights_summing_to_one(adapters: &[Adapter<'_>]) -> Result<Vec<f32>> {
 /// A merge strategy; the struct that implements it holds its settings.
 ///
 /// A strategy is a pure function of its settings, the layers and the adapters: no clock, no global state, random numbers
-/// only from a seed among its settings. What it declares in its manifest (`[merge] laws`) is verified by
+/// only from a seed among its settings. What it declares in its manifest (`laws`) is verified by
 /// `blocklora plugin check`.
 pub trait MergeStrategy: Config + Send + Sync {
     /// The plan for `adapters` (at least one) on `layers`.

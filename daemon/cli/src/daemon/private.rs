@@ -85,7 +85,8 @@ impl Private {
             State::User => super::user_state()?,
             State::Folder(folder) => folder,
         };
-        command.env("STATE_DIRECTORY", folder);
+        // Not $STATE_DIRECTORY: what is known about plugins stays the user's.
+        command.arg("--state").arg(folder);
         if let Some(threads) = threads {
             command.env("RAYON_NUM_THREADS", threads.to_string());
         }

@@ -113,7 +113,7 @@ fn taken_beside(output: &Path, partition: &Partition) -> anyhow::Result<BTreeSet
         let candidate = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
         // Other safetensors files may lie there, too: what is not an adapter owns no slot.
         if candidate && let Ok(adapter) = Adapter::open(&path) {
-            let same = |p: &Partition| Partition { slot: 0, ..*p } == Partition { slot: 0, ..*partition };
+            let same = |p: &Partition| p.same_division(partition);
             taken.extend(adapter.manifest().partition.filter(same).map(|p| p.slot));
         }
     }

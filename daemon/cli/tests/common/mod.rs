@@ -193,6 +193,8 @@ impl Daemon {
         assert!(program.is_file(), "{}: build it with `cargo build --workspace --bins`", program.display());
         let mut command = Command::new(program);
         command.args(["--bus", "none", "--log", "warn", "--socket"]).arg(folder.path().join("bus"));
+        // What it finds out about plugins is its own.
+        command.env("XDG_STATE_HOME", folder.path());
         let child = command.arg("--state").arg(folder.path().join("state")).spawn().unwrap();
         let daemon = Self { folder, child };
         let started = std::time::Instant::now();

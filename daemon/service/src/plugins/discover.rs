@@ -66,7 +66,7 @@ pub fn folders() -> Vec<PathBuf> {
 }
 
 /// The plugins' folders of the source tree that this was built from, if it is still there.
-fn source_tree() -> Vec<PathBuf> {
+pub(super) fn source_tree() -> Vec<PathBuf> {
     let Ok(entries) = Path::new(SOURCE_TREE).read_dir() else { return Vec::new() };
     let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     folders.sort();

@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 
 use super::error::{PluginError, Result};
 
@@ -46,6 +46,8 @@ pub fn run(program: &Path, arguments: &[&std::ffi::OsStr], limit: Duration) -> R
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
+        // Ctrl-C on the terminal is for the program that the user sees.
+        .process_group(0)
         .spawn()
         .map_err(|e| failed(e.to_string()))?;
     let stdout = reader(child.stdout.take());
@@ -88,12 +90,18 @@ pub fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitSt
     }
 }
 
+/// Whether somebody else ended the process: a signal that no plugin's fault gives. (A limit that it exceeds does not kill
+/// it; the system, where memory is short, and people do.)
+pub fn was_ended(status: ExitStatus) -> bool {
+    status.signal().is_some_and(|signal| [1, 2, 9, 15].contains(&signal))
+}
+
 /// How a process died, for people.
 pub fn death(status: ExitStatus) -> String {
     match status.signal() {
         Some(11) => "crashed (segmentation fault)".into(),
         Some(6) => "crashed (aborted)".into(),
-        Some(9) => "was killed".into(),
+        Some(signal) if was_ended(status) => format!("was killed (signal {signal})"),
         Some(signal) => format!("crashed (signal {signal})"),
         None => format!("ended its process (exit status {})", status.code().unwrap_or(-1)),
     }

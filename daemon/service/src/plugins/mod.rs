@@ -46,6 +46,27 @@ use kept::Kept;
 use records::{Records, Scanned};
 use running::{Place, Running};
 
+/// The plugins that come with this release.
+const OURS: &[&str] = &[
+    "merge-blocklora",
+    "merge-dare",
+    "merge-orthogonal",
+    "merge-task-arithmetic",
+    "merge-ties",
+    "merge-weighted-average",
+    "sample-ddim",
+    "sample-dpmpp-2m",
+    "sample-dpmpp-2m-sde",
+    "sample-euler",
+    "sample-euler-a",
+    "sample-heun",
+    "sample-lcm",
+    "train-blocklora",
+    "train-dreambooth-lora",
+    "train-ed-lora",
+    "train-orthogonal",
+];
+
 /// Where plugins' code runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -300,7 +321,8 @@ impl Plugins {
     /// Whether a library that does not come with this release is open in this process.
     fn has_foreign_code(&self) -> bool {
         let open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        open.values().any(|library| library.version() != env!("CARGO_PKG_VERSION"))
+        let ours = |library: &Library| OURS.contains(&library.name()) && library.version() == env!("CARGO_PKG_VERSION");
+        !open.values().all(ours)
     }
 
     fn find(&self, kind: PluginKind, id: &str) -> Result<Found> {
@@ -435,5 +457,22 @@ pub fn serve_hidden_command(arguments: &[std::ffi::OsString]) -> Option<u8> {
         [command, manifest] if command == worker::child::COMMAND => Some(worker::child::serve(manifest.as_ref())),
         [command, one @ ..] if command == check::COMMAND => Some(blocklora_check::run_one(one)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn ours_are_those_of_the_tree() {
+        let mut names: Vec<String> = discover::search(&discover::source_tree())
+            .found
+            .into_values()
+            .map(|found| found.manifest.full_name())
+            .collect();
+        names.sort();
+        assert_eq!(names, OURS);
     }
 }

@@ -61,15 +61,21 @@ struct State {
 #[derive(Debug)]
 pub struct Records {
     path: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<Known>,
+}
+
+/// What is known, and what the file looked like when it was read or written last.
+#[derive(Debug, Default)]
+struct Known {
+    state: State,
+    looks: Option<(u64, i64, i64)>,
 }
 
 impl Records {
     /// The records in `folder`; none if there is no file yet, or a damaged one.
     pub fn open(folder: &Path) -> Self {
         let path = folder.join("plugins.json");
-        let state = read(&path);
-        Self { path, state: Mutex::new(state) }
+        Self { path, state: Mutex::default() }
     }
 
     /// SHA-256 of the file in hex; read again only if the file looks different from last time.
@@ -77,7 +83,7 @@ impl Records {
         let meta = std::fs::metadata(path)?;
         let looks =
             |digest| Seen { bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()), inode: meta.ino(), digest };
-        if let Some(seen) = self.lock().files.get(path)
+        if let Some(seen) = self.lock().state.files.get(path)
             && *seen == looks(seen.digest.clone())
         {
             return Ok(seen.digest.clone());
@@ -87,14 +93,14 @@ impl Records {
         Ok(digest)
     }
 
-    /// What is known about the library with this digest.
+    /// What is known about the library with this digest, to any process.
     pub fn get(&self, digest: &str) -> Record {
-        self.lock().libraries.get(digest).cloned().unwrap_or_default()
+        self.lock().state.libraries.get(digest).cloned().unwrap_or_default()
     }
 
     /// How many processes in a row died in the code of the library with this digest.
     pub fn deaths(&self, digest: &str) -> u32 {
-        self.lock().libraries.get(digest).map_or(0, |record| record.deaths)
+        self.lock().state.libraries.get(digest).map_or(0, |record| record.deaths)
     }
 
     /// Changes the record of the library with this digest.
@@ -102,22 +108,32 @@ impl Records {
         self.change(|state| change(state.libraries.entry(digest.to_owned()).or_default()));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// What is known, read again where another process has written it.
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        let mut known = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let looks = looks(&self.path);
+        if looks.is_some() && looks != known.looks {
+            *known = Known { state: read(&self.path), looks };
+        }
+        known
     }
 
     /// Changes what is in the file, which other processes change, too; then takes that over. What cannot be written is
     /// known to this process only: a scan is made again, and a quarantine ends with the process.
     fn change(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.lock();
-        let Some(lock) = self.lock_file() else { return change(&mut state) };
-        *state = read(&self.path);
-        change(&mut state);
-        if let Ok(text) = serde_json::to_vec(&*state)
+        // Locked first, so that what is read is what is changed.
+        let lock = self.lock_file();
+        let mut known = self.lock();
+        change(&mut known.state);
+        if lock.is_none() {
+            return;
+        }
+        if let Ok(text) = serde_json::to_vec(&known.state)
             && let Err(error) = blocklora_spec::write_atomically(&self.path, &text)
         {
             tracing::warn!("{}: {error}", self.path.display());
         }
+        known.looks = looks(&self.path);
         drop(lock);
     }
 
@@ -128,6 +144,12 @@ impl Records {
         flock(&file, FlockOperation::LockExclusive).ok()?;
         Some(file)
     }
+}
+
+/// What changes whenever the file is replaced: its inode and the time of its last change.
+fn looks(path: &Path) -> Option<(u64, i64, i64)> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.ino(), meta.mtime(), meta.mtime_nsec()))
 }
 
 fn read(path: &Path) -> State {
@@ -163,6 +185,9 @@ mod tests {
         assert_eq!(again.get("b").crashes, 1);
         assert_eq!(other.get("a").quarantine.as_deref(), Some("crashed"));
         assert_eq!(again.get("c"), Record::default());
+        // What another process changes is seen by those that read only.
+        again.update("a", |r| r.quarantine = None);
+        assert_eq!(one.get("a").quarantine, None);
     }
 
     #[test]

@@ -99,6 +99,14 @@ pub fn check(library: &Library, found: &Found) -> Result<(), String> {
             found.manifest.version
         ));
     }
+    let (major, minor) = library.abi();
+    if found.manifest.abi() != Some((major, minor)) {
+        return Err(format!(
+            "its library was built for ABI {major}.{minor}, its manifest says abi = {:?}: write {major}.{minor} there and \
+             build it again",
+            found.manifest.abi
+        ));
+    }
     if !library.has(found.manifest.kind) {
         return Err(format!("it has no functions of the kind {}: build it again", found.manifest.kind));
     }
@@ -121,6 +129,14 @@ pub fn scan_in_helper(records: &Records, digest: &str, found: &Found, limit: Dur
             Err(_) if stdout.is_empty() => format!("{} when it was loaded", helper::death(status)),
             Err(_) => "wrote to the helper's output when it was loaded".into(),
         },
+        End::Exited(status, ..) if helper::was_ended(status) => {
+            let name = found.manifest.full_name();
+            let reason = format!(
+                "{} while it was looked at, by somebody or for want of memory, not by itself: try again",
+                helper::death(status)
+            );
+            return Err(PluginError::Crashed { name, reason });
+        }
         End::Exited(status, ..) => format!("{} when it was loaded", helper::death(status)),
         End::TimedOut => format!("did not load within {} seconds", limit.as_secs()),
     };

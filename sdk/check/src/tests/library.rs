@@ -23,9 +23,11 @@ pub fn manifest_agrees(subject: &Subject) -> Verdict {
     let (library, manifest) = (&subject.library, &subject.manifest);
     let built_with = parse_manifest(library.manifest())
         .map_err(|e| format!("the manifest that the library was built with is wrong: {e}"))?;
+    let (major, minor) = library.abi();
     let pairs = [
         ("kind and id", manifest.full_name(), library.name().to_owned()),
         ("version", manifest.version.clone(), library.version().to_owned()),
+        ("abi", manifest.abi.clone(), format!("{major}.{minor}")),
     ];
     for (what, beside, inside) in pairs {
         if beside != inside {

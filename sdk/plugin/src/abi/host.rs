@@ -38,6 +38,7 @@ const REBUILD: &str = "rebuild it with the SDK of this release: cargo update -p 
 #[derive(Clone, Copy)]
 pub struct Library {
     root: PluginRootRef,
+    abi: (u32, u32),
 }
 
 /// Fails with a contract error off the thread that a call began on.
@@ -52,6 +53,8 @@ impl Library {
     /// Loads the library at `path`, checks its magic block first and the layout of everything it exchanges second.
     /// Loading runs the library's initialisers: what is not trusted is to be opened in another process first.
     pub fn open(path: &Path) -> Result<Self, Refusal> {
+        // A bare name would be looked for in the loader's folders.
+        let path = &std::path::absolute(path).map_err(|e| Refusal(not_loadable(&e.to_string())))?;
         super::elf::check_whole(path).map_err(|e| Refusal(not_loadable(&e)))?;
         let library = RawLibrary::load_at(path).map_err(|e| Refusal(not_loadable(&reason(&e))))?;
         // SAFETY: the symbol has this type in every plugin; a library that has another symbol of this name lies on
@@ -73,7 +76,12 @@ impl Library {
         if root.name().as_str() != name {
             return Err(Refusal(format!("it calls itself {name:?} and {:?}: {REBUILD}", root.name())));
         }
-        Ok(Self { root })
+        Ok(Self { root, abi: (magic.abi_major, magic.abi_minor) })
+    }
+
+    /// The ABI version of the SDK that it was built with: major and minor.
+    pub fn abi(&self) -> (u32, u32) {
+        self.abi
     }
 
     /// `<kind>-<id>`.

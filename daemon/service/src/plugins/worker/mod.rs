@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -120,6 +121,8 @@ impl Worker {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(memory.try_clone().map_err(failed)?))
             .stderr(Stdio::null())
+            // Ctrl-C on the terminal is for the program that the user sees, which ends its workers itself.
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
         ours.set_read_timeout(Some(LOOK)).map_err(failed)?;
@@ -164,8 +167,7 @@ impl Worker {
     ) -> Result<(Answer, Payload)> {
         let State { child, wire, baseline, gone, .. } = state;
         if let Some(reason) = gone {
-            let cure = PluginError::cure_of_quarantine(&self.accounts.name);
-            return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
+            return Err(Error::new(Code::Failed, reason.clone()));
         }
         let limit = baseline.saturating_add(self.memory_bytes + ALLOWANCE_BYTES);
         let mut result = wire.send(request, payload);
@@ -198,8 +200,7 @@ impl Worker {
                     let reason = self.bury(child, overrun, &error);
                     *gone = Some(reason.clone());
                     self.gone.store(true, Ordering::Relaxed);
-                    let cure = PluginError::cure_of_quarantine(&self.accounts.name);
-                    return Err(Error::new(Code::Failed, format!("{reason}; it is quarantined now: {cure}")));
+                    return Err(Error::new(Code::Failed, reason));
                 }
             };
             match call {
@@ -213,7 +214,8 @@ impl Worker {
         }
     }
 
-    /// Ends the worker and finds out how it died; a crash quarantines the plugin, an overrun is counted.
+    /// Ends the worker and finds out how it died. A crash, a hang or too much memory quarantines the plugin; that somebody
+    /// else ended the process does not. What happened, and what to do.
     fn bury(&self, child: &mut Child, overrun: Option<String>, error: &io::Error) -> String {
         // A process that dies closes its socket first.
         let status = match overrun {
@@ -227,12 +229,15 @@ impl Worker {
             (None, Some(status)) => format!("{} in its worker process", helper::death(status)),
             (None, None) => format!("broke the connection to its worker process ({error}, {ended:?})"),
         };
-        let Accounts { records, digest, .. } = &self.accounts;
+        let Accounts { records, digest, name } = &self.accounts;
+        if status.is_some_and(helper::was_ended) {
+            return format!("{reason}, by somebody or for want of memory, not by itself: start the job again");
+        }
         records.update(digest, |record| {
             record.crashes += 1;
             record.quarantine = Some(reason.clone());
         });
-        reason
+        format!("{reason}; it is quarantined now: {}", PluginError::cure_of_quarantine(name))
     }
 }
 
