@@ -124,10 +124,12 @@ fn slots_are_chosen_by_who_is_there() {
     assert_eq!([slot("d.safetensors"), slot("e.safetensors")], [Some(1), Some(0)]);
     fails(path, 2, &train("f.safetensors", &["--slot", "2"]), &["--slot 2", "0 to 1"]);
     // A seed means nothing where rows are not permuted: it is the same division, with the same slots taken.
-    let partition = "[partition]\nscheme = \"contiguous\"\ncapacity = 16\nseed = 5\n";
+    let partition = "[partition]\nscheme = \"contiguous\"\ncapacity = 16\nseed = 5\nslot = 2\n";
     std::fs::write(path.join("settings.toml"), format!("{SETTINGS}{partition}")).unwrap();
     run_in(path, &train("g.safetensors", &["--steps", "1", "--name", "g"]));
-    assert_eq!(slot("g.safetensors"), Some(2));
+    std::fs::write(path.join("settings.toml"), SETTINGS).unwrap();
+    run_in(path, &train("h.safetensors", &["--steps", "1", "--name", "h"]));
+    assert_eq!([slot("g.safetensors"), slot("h.safetensors")], [Some(2), Some(3)]);
 }
 
 #[test]
