@@ -16,6 +16,7 @@ import philox
 import torch
 
 SEED, M, N = 5, 24, 6
+START = philox.start_seed(SEED, "milo")
 CLASS, RARE = [0.1, 0.2], [0.1, 0.3]
 UNET_ATTENTION, TEXT_ATTENTION, UNET_OTHER = 0, 1, 2
 TARGET = torch.tensor([[(i * 0.1 - 1.0) * (j * 0.3 - 0.7) for j in range(N)] for i in range(M)], dtype=torch.float64)
@@ -23,7 +24,7 @@ TARGET = torch.tensor([[(i * 0.1 - 1.0) * (j * 0.3 - 0.7) for j in range(N)] for
 
 def uniform_a(layer, rank):
     """LoRA's start: Kaiming-uniform with a = sqrt 5."""
-    values = philox.uniforms(SEED, philox.INIT, 0, layer, rank * N).astype(np.float64)
+    values = philox.uniforms(START, philox.INIT, 0, layer, rank * N).astype(np.float64)
     return ((2 * values - 1) / math.sqrt(N)).reshape(rank, N)
 
 
@@ -41,7 +42,7 @@ def basis(seed, n):
 
 def random_rows(layer, rank):
     order = list(range(N))
-    words = iter(philox.bits(SEED, philox.INIT, 0, layer, N))
+    words = iter(philox.bits(START, philox.INIT, 0, layer, N))
     for i in range(N - 1, 0, -1):
         j = int(next(words)) * (i + 1) >> 32
         order[i], order[j] = order[j], order[i]
@@ -53,7 +54,7 @@ def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True,
     rows = list(rows)
     parameter = lambda values, moves=True: torch.tensor(np.array(values), dtype=torch.float64, requires_grad=moves)
     factors = {layer: (parameter(start_a(layer, rank), a_moves), parameter(np.zeros((len(rows), rank)))) for layer in layers}
-    first = 0.013 * philox.normals(SEED, philox.INIT, 1, 0, 2) if first_word is None else first_word
+    first = 0.013 * philox.normals(START, philox.INIT, 1, 0, 2) if first_word is None else first_word
     tokens = [parameter(np.tile(word, (token_layers, 1))) for word in (first, CLASS)]
 
     groups = [{"params": [p for p in pair if p.requires_grad], "lr": rates["text" if layer == TEXT_ATTENTION else "unet"]}

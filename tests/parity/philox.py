@@ -5,6 +5,14 @@ import numpy as np
 LATENTS, SAMPLER, INIT, ERASURE, MERGE = 1, 2, 3, 7, 10
 
 
+def start_seed(seed, name):
+    """The seed of what the concept `name` starts from: Concept::start_seed of the SDK (64-bit FNV-1a)."""
+    digest = 0xCBF29CE484222325
+    for byte in name.encode():
+        digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return seed ^ digest
+
+
 def bits(seed, stream, step, lane, n):
     """The first n (rounded up to a multiple of 4) 32-bit words of Rng::new(seed, stream, step, lane)."""
     blocks = np.arange((n + 3) // 4, dtype=np.uint64)

@@ -59,7 +59,7 @@ pub struct Args {
     /// Training steps [default: what the settings say]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     steps: Option<u32>,
-    /// Decides every random number
+    /// Decides every random number; concepts of one seed start apart, by their names
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Go on from the checkpoint of an interrupted run

@@ -191,3 +191,22 @@ fn silence_is_learned_alike_in_a_worker() {
     std::fs::write(path.join("settings.toml"), SETTINGS).unwrap();
     assert!(silent != trained("loud.st", "in-process"), "the setting changed nothing");
 }
+
+#[test]
+fn concepts_of_one_seed_have_an_a_of_their_own_and_merge() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    for name in ["milo", "zuko"] {
+        run_in(path, &train(name, &["--name", name, "--steps", "1", "--method", "orthogonal"]));
+    }
+    let with = ["--with", "milo", "--with", "zuko", "--strategy", "orthogonal", "--steps", "1", "-o", "x.png"];
+    run_in(path, &[&["generate", "<milo> and <zuko>"][..], &with].concat());
+    // The same name and seed choose the same rows, and the refusal says so.
+    let text = std::fs::read(path.join("photos/1.png")).unwrap();
+    std::fs::write(path.join("photos/2.png"), text).unwrap();
+    run_in(path, &train("again", &["--steps", "1", "--method", "orthogonal"]));
+    let with = ["--with", "milo", "--with", "again", "--strategy", "orthogonal", "--steps", "1", "-o", "y.png"];
+    let asked = [&["generate", "a dog"][..], &with].concat();
+    fails(path, 1, &asked, &["same A", "\"random\" by another seed"]);
+}

@@ -62,7 +62,13 @@ fn two_adapters_with_the_same_a_are_refused() {
     factors[layer] = Some(Factors { a: owner.a, ..other });
     adapters[2] = Adapter::new(adapters[2].name, adapters[2].digest, adapters[2].weight, factors);
     let error = plan(&adapters).unwrap_err().message;
-    for part in [adapters[0].name, adapters[2].name, &problem.layers[layer].name, "slot = N"] {
+    for part in [
+        adapters[0].name,
+        adapters[2].name,
+        &problem.layers[layer].name,
+        "\"allocated\" in another slot = N",
+        "\"random\" by another seed",
+    ] {
         assert!(error.contains(part), "{error}");
     }
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use blocklora_sdk::testing::{Quadratic, TrainGolden, check_trainer};
-use blocklora_sdk::train::{ConceptSettings, LayerChoice, LearningRates, Trainer};
+use blocklora_sdk::train::{ConceptSettings, LayerChoice, LearningRates, Parameters, Trainer};
 use blocklora_sdk::{Delta, Value, resolve, schema};
 use train_ed_lora::EdLora;
 
@@ -44,6 +44,25 @@ fn a_concept_owns_every_row_of_the_attention_and_has_a_vector_for_each_layer() {
     assert!(host.seen_masks.iter().all(|&mask| mask == 1.0));
     let all = EdLora { settings: ConceptSettings { layers: LayerChoice::All, steps: 1, ..settings() } };
     assert_eq!(all.train(&mut Quadratic::new()).unwrap().factors.len(), 3);
+}
+
+/// What a concept of this name starts from, with the seed that everyone has.
+fn start_of(name: &str) -> Parameters {
+    let still = LearningRates { tokens: 0.0, text_encoder: 0.0, unet: 0.0 };
+    let trainer = EdLora { settings: ConceptSettings { steps: 1, learning_rate: still, ..settings() } };
+    let mut host = Quadratic::new();
+    host.concept.name = name.into();
+    trainer.train(&mut host).unwrap()
+}
+
+#[test]
+fn concepts_of_one_seed_start_apart() {
+    let (milo, zuko) = (start_of("milo"), start_of("zuko"));
+    assert_eq!(milo, start_of("milo"));
+    for (x, y) in milo.factors.iter().zip(&zuko.factors) {
+        assert!(x.a.iter().zip(&y.a).all(|(x, y)| x != y), "layer {}: numbers of A are the same", x.layer);
+    }
+    assert_ne!(milo.tokens[0].values, zuko.tokens[0].values);
 }
 
 #[test]

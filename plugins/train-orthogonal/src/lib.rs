@@ -21,8 +21,8 @@ use basis::Basis;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Allocation {
-    /// r rows at random in each layer, by the job's seed: as published. Nobody needs to agree on anything, but two
-    /// concepts share r * r / n rows on average (1.25 at n = 320, r = 20).
+    /// r rows at random in each layer, by the job's seed and the concept's name: as published. Nobody needs to agree on
+    /// anything, but two concepts share r * r / n rows on average (1.25 at n = 320, r = 20).
     #[default]
     Random,
     /// Rows slot * r to slot * r + r in every layer: concepts of one basis, one rank and different slots share none.

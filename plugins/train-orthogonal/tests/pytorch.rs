@@ -63,6 +63,39 @@ fn a_is_orthonormal_and_never_moves() {
     }
 }
 
+/// The same of a concept of this name, with the seed that everyone has.
+fn factors_of(trainer: &Orthogonal, name: &str) -> Vec<LayerFactors> {
+    let mut trainer = trainer.clone();
+    trainer.settings.steps = 1;
+    let mut host = Quadratic::new();
+    host.concept.name = name.into();
+    trainer.train(&mut host).unwrap().factors
+}
+
+#[test]
+fn concepts_of_one_seed_draw_their_own_rows_and_share_the_basis() {
+    let random = trainer(Allocation::Random, 0);
+    let (milo, zuko) = (factors_of(&random, "milo"), factors_of(&random, "zuko"));
+    assert_eq!(milo, factors_of(&random, "milo"));
+    assert!(milo.iter().zip(&zuko).any(|(x, y)| x.a != y.a), "two concepts have the same rows everywhere");
+    // All of a layer's rows, whoever draws them, are those of one matrix.
+    let whole = Orthogonal { settings: ConceptSettings { rank: Quadratic::N, ..random.settings.clone() }, ..random };
+    let sorted = |name| {
+        let mut rows: Vec<Vec<u32>> = factors_of(&whole, name)[0].a.chunks(Quadratic::N).map(bits).collect();
+        rows.sort();
+        rows
+    };
+    assert_eq!(sorted("milo"), sorted("zuko"));
+    // A slot's rows belong to the slot, whatever its concept is called.
+    let allocated = trainer(Allocation::Allocated, 1);
+    let a = |name| factors_of(&allocated, name).into_iter().map(|f| f.a).collect::<Vec<_>>();
+    assert_eq!(a("milo"), a("zuko"));
+}
+
+fn bits(row: &[f32]) -> Vec<u32> {
+    row.iter().map(|x| x.to_bits()).collect()
+}
+
 #[test]
 fn two_users_of_one_slot_have_one_a_and_of_two_slots_orthogonal_changes() {
     let slots: Vec<Vec<LayerFactors>> =

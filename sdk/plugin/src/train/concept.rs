@@ -22,7 +22,7 @@ use crate::rng::{Rng, Stream};
 /// Tokens that name a concept: one for who it is, one for what it is.
 pub(super) const CONCEPT_TOKENS: usize = 2;
 
-/// A [rank, n] of (layer index, layer, the layer's random numbers).
+/// A [rank, n] of (layer index, layer, the concept's random numbers for this layer).
 pub type FrozenA<'a> = dyn Fn(usize, &Layer, &mut Rng) -> Result<Vec<f32>> + 'a;
 
 /// What A starts as.
@@ -166,6 +166,12 @@ fn draw_prior_pictures(host: &mut dyn TrainHost, prior: Option<&Prior>) -> Resul
     Ok(pictures)
 }
 
+/// The random numbers that the concept starts from: other ones for each name, or two concepts of one seed would have one
+/// A, and their changes would be alike before anything is learned.
+fn start_rng(host: &dyn TrainHost, step: u32, lane: usize) -> Rng {
+    Rng::new(host.concept().start_seed(host.seed()), Stream::Init, step, lane as u16)
+}
+
 /// B = 0; A and the names as the recipe has them.
 fn start(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<TrainState> {
     let settings = recipe.settings;
@@ -175,7 +181,7 @@ fn start(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<TrainState> {
         if rows.is_empty() {
             continue;
         }
-        let mut rng = host.rng(Stream::Init, 0, index);
+        let mut rng = start_rng(host, 0, index);
         let a = match &recipe.start_a {
             StartA::Uniform => {
                 let bound = 1.0 / (layer.columns as f32).sqrt();
@@ -211,7 +217,7 @@ fn start_tokens(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<Vec<TokenFa
     };
     let first: Vec<f32> = match recipe.words {
         Words::Noise => {
-            let mut rng = host.rng(Stream::Init, 1, 0);
+            let mut rng = start_rng(host, 1, 0);
             class.iter().map(|_| recipe.settings.token_init_std * rng.normal()).collect()
         }
         Words::Rare(word) => host.embedding(word)?,

@@ -19,6 +19,16 @@ pub struct Concept {
     pub kind: Kind,
 }
 
+impl Concept {
+    /// The seed of what the concept starts from, as [`Stream::Init`](crate::rng::Stream::Init) draws it: the job's `seed`
+    /// with a digest of the name in it (64-bit FNV-1a of its bytes, by exclusive or). So concepts that are trained with
+    /// one seed start apart, and the same name and seed give the same start.
+    pub fn start_seed(&self, seed: u64) -> u64 {
+        let digest = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3);
+        seed ^ self.name.bytes().fold(0xCBF2_9CE4_8422_2325, digest)
+    }
+}
+
 /// What an adapter file says about itself besides the trained numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainPlan {
