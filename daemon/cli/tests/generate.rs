@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::Command;
 
 use blocklora_engine::image::{Picture, read_parameters};
+use blocklora_engine::model::Model;
+use blocklora_engine::{DType, Device};
 use common::{Make, adapter, succeeds, temporary, text};
 
 /// Draws `prompt` with `options` into `folder`/`name`.
@@ -101,6 +103,18 @@ fn a_baked_model_is_a_base_of_its_own() {
     succeeds(["merge", text(&milo), "-o", text(&baked)]);
     let again = ["generate", "<milo>", "--base", text(&baked), "--with", text(&milo), "--steps", "1", "-o", "x.png"];
     common::fails(folder.path(), 1, &again, &["--base"]);
+    // A concept that was trained on it joins what is built in, here and in a folder of both.
+    let digest = Model::load(&baked, &Device::Cpu, DType::F32).unwrap().digest().to_owned();
+    let make = Make { name: "zuko", slot: Some(1), base: Some(&digest), ..Make::default() };
+    let zuko = adapter(folder.path(), &make);
+    let both = folder.path().join("both");
+    succeeds(["merge", text(&zuko), "-o", text(&both), "--base", text(&baked)]);
+    let draw = |name: &str, more: &[&str]| {
+        let options = [&["--precision", "f16"][..], more].concat();
+        draw(folder.path(), name, "<milo> and <zuko>", &options)
+    };
+    let joined = draw("joined.png", &["--base", text(&baked), "--with", text(&zuko)]);
+    assert!(joined == draw("both.png", &["--base", text(&both)]), "the folder of both draws another picture");
 }
 
 #[test]

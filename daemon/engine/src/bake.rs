@@ -4,6 +4,9 @@
 //! Concept `milo` with two tokens becomes the added tokens `<milo>` and `<milo>_1`, the notation of textual inversion
 //! with several vectors, which diffusers expands by itself. Tokens with one vector are exact there. Of layer-wise
 //! tokens the embedding table can only hold the mean; their vectors lie in [`TOKENS_FILE`].
+//!
+//! The words' ids are those that the tokenizer gives next. Where the embedding table has spare rows, which no word of the
+//! tokenizer has, the new words take these. Concepts that the model's folder has already keep their words.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -63,20 +66,24 @@ impl<'a> Piece<'a> {
 }
 
 /// Writes `model` with what is merged into it to the new folder `to`, as [`Model::save`], and adds the words of
-/// `concepts` to its tokenizer and text encoder.
+/// `concepts` to its tokenizer and text encoder. Concepts that are built into the model's own folder stay, named or not.
 pub fn bake(model: &Model, concepts: &[Concept], to: &Path) -> Result<()> {
+    let mut all = baked_concepts(model.dir())?;
+    let is_new = |concept: &&Concept| !all.iter().any(|built_in| built_in.name == concept.name);
+    let new: Vec<Concept> = concepts.iter().filter(is_new).cloned().collect();
+    let words = new_words(model, &new)?;
     model.save(to)?;
-    if concepts.iter().all(|c| c.tokens.is_empty()) {
+    if let Some((first, _)) = words.first() {
+        let folder = to.join(Component::TextEncoder.folder());
+        let rows = add_embeddings(&folder.join(Component::TextEncoder.weight_file()), &new, *first as usize)?;
+        edit_json(&folder.join("config.json"), |config| drop(config.insert("vocab_size".into(), json!(rows))))?;
+        add_words(&to.join("tokenizer"), &words)?;
+    }
+    all.extend(new);
+    if all.iter().all(|concept| concept.tokens.is_empty()) {
         return Ok(());
     }
-    let weights = to.join(Component::TextEncoder.folder()).join(Component::TextEncoder.weight_file());
-    let first = add_embeddings(&weights, concepts)?;
-    let count: usize = concepts.iter().map(|c| c.tokens.len()).sum();
-    edit_json(&to.join(Component::TextEncoder.folder()).join("config.json"), |config| {
-        config.insert("vocab_size".into(), json!(first + count));
-    })?;
-    add_words(&to.join("tokenizer"), concepts, first)?;
-    write_tokens(concepts, &to.join(TOKENS_FILE))
+    write_tokens(&all, &to.join(TOKENS_FILE))
 }
 
 /// The concepts that were baked into the folder `dir`; none if it is an ordinary model.
@@ -134,13 +141,35 @@ fn write_tokens(concepts: &[Concept], path: &Path) -> Result<()> {
     write_pieces(path, &pieces, HashMap::from([(CONCEPTS_KEY.to_owned(), json!(listed).to_string())]))
 }
 
-/// Adds a row for every token to the embedding table in the weight file `path`; returns the first new row's index.
-fn add_embeddings(path: &Path, concepts: &[Concept]) -> Result<usize> {
+/// The words of `concepts` with their ids, which continue those of the model's tokenizer.
+fn new_words(model: &Model, concepts: &[Concept]) -> Result<Vec<(u32, String)>> {
+    let tokenizer = model.tokenizer();
+    let mut words = Vec::new();
+    for concept in concepts {
+        for word in words_of(concept) {
+            if tokenizer.id(&word).is_some() {
+                let reason = format!("the model's tokenizer has {word:?} already; train it again under another name");
+                return Err(Error::Incompatible { adapter: concept.name.clone(), reason });
+            }
+            let id = tokenizer.next_id() + words.len() as u32;
+            if let Some(token) = tokenizer.token(id) {
+                let reason = format!("token {token:?} = {id}, but only {id} tokens are there: no word can be added");
+                return Err(Error::invalid_file(model.dir().join("tokenizer"), reason));
+            }
+            words.push((id, word));
+        }
+    }
+    Ok(words)
+}
+
+/// Puts a row for every token into the embedding table in the weight file `path`, from row `first` on: over spare ones,
+/// and behind the last. Returns how many rows the table has then.
+fn add_embeddings(path: &Path, concepts: &[Concept], first: usize) -> Result<usize> {
     let file = WeightFile::open(path)?;
     let views = file.names().map(|name| file.view(name)).collect::<Result<Vec<_>>>()?;
     let table = views.iter().find(|view| view.name().ends_with(EMBEDDING));
     let table = table.ok_or_else(|| Error::invalid_file(path, format!("no tensor ends in {EMBEDDING:?}")))?;
-    let &[first, width] = table.shape() else {
+    let &[before, width] = table.shape() else {
         return Err(table.error(format!("shape {:?}, not [vocabulary, d]", table.shape())));
     };
     let tokens = concepts.iter().flat_map(|c| c.tokens.iter().map(move |t| (c, t)));
@@ -155,20 +184,25 @@ fn add_embeddings(path: &Path, concepts: &[Concept]) -> Result<usize> {
     }
     let count = rows.len() / width;
     let rows = Tensor::from_vec(rows, (count, width), &Device::Cpu)?.to_dtype(table.dtype())?;
+    let mut added = Vec::new();
+    rows.write_bytes(&mut added)?;
+    let after = before.max(first + count);
+    let row = width * table.dtype().size_in_bytes();
     let mut bytes = table.bytes().to_vec();
-    rows.write_bytes(&mut bytes)?;
+    bytes.resize(after * row, 0);
+    bytes[first * row..][..added.len()].copy_from_slice(&added);
 
     let mut pieces = BTreeMap::new();
     for view in &views {
         pieces.insert(view.name().to_owned(), Piece::of(view)?);
     }
-    let extended = Piece { shape: vec![first + count, width], bytes: Cow::Owned(bytes), ..Piece::of(table)? };
+    let extended = Piece { shape: vec![after, width], bytes: Cow::Owned(bytes), ..Piece::of(table)? };
     pieces.insert(table.name().to_owned(), extended);
     // Beside it and then renamed: the pieces are read from the mapped file that is replaced.
     let beside = path.with_extension("new");
     write_pieces(&beside, &pieces, HashMap::from([("format".to_owned(), "pt".to_owned())]))?;
     std::fs::rename(&beside, path).map_err(|e| Error::io(path, e))?;
-    Ok(first)
+    Ok(after)
 }
 
 fn write_pieces(path: &Path, pieces: &BTreeMap<String, Piece>, metadata: HashMap<String, String>) -> Result<()> {
@@ -180,16 +214,14 @@ fn write_pieces(path: &Path, pieces: &BTreeMap<String, Piece>, metadata: HashMap
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e))
 }
 
-/// Adds the concepts' words to a tokenizer's files, with ids from `first` on.
-fn add_words(tokenizer: &Path, concepts: &[Concept], first: usize) -> Result<()> {
-    let words: Vec<String> = concepts.iter().flat_map(words_of).collect();
-    let words: Vec<(usize, &String)> = (first..).zip(&words).collect();
+/// Adds words to a tokenizer's files.
+fn add_words(tokenizer: &Path, words: &[(u32, String)]) -> Result<()> {
     // What transformers reads where there is no tokenizer.json.
     let added = tokenizer.join("added_tokens.json");
     if !added.is_file() {
         write(&added, b"{}")?;
     }
-    edit_json(&added, |map| map.extend(words.iter().map(|(id, word)| ((*word).clone(), json!(id)))))?;
+    edit_json(&added, |map| map.extend(words.iter().map(|(id, word)| (word.clone(), json!(id)))))?;
     let entry = |word: &str| {
         json!({
             "content": word, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
@@ -200,7 +232,7 @@ fn add_words(tokenizer: &Path, concepts: &[Concept], first: usize) -> Result<()>
     if whole.is_file() {
         edit_json(&whole, |file| {
             if let Some(list) = file.entry("added_tokens").or_insert_with(|| json!([])).as_array_mut() {
-                for (id, word) in &words {
+                for (id, word) in words {
                     let mut entry = entry(word);
                     entry["id"] = json!(id);
                     list.push(entry);

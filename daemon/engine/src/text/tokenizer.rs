@@ -215,6 +215,18 @@ impl Tokenizer {
         Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
     }
 
+    /// The id of this token, if it is one.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The id that the next added token gets, here and in other tools: behind all tokens, however many rows the text
+    /// encoder's table has.
+    pub fn next_id(&self) -> u32 {
+        let added = self.inner.get_added_tokens_decoder().keys().max().map_or(0, |id| id + 1);
+        added.max(self.inner.get_vocab_size(false) as u32)
+    }
+
     /// The token with this id.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
