@@ -237,13 +237,18 @@ async fn teach_with(
     };
     let trained = match watch::follow(&job, look).await {
         Err(error) if watch::is_cancelled(&error) => {
-            let (at, of) = job.state().await.map(|s| s.step).unwrap_or_default();
             let kept = if daemon.is_private() {
                 format!("saved in {}", checkpoint::shown(&args.output))
             } else {
                 "saved by the daemon".to_owned()
             };
-            let text = format!("step {at} of {of} is {kept}; the same command with --resume goes on from there");
+            let text = match job.state().await.ok().filter(|state| state.loss().is_some()).map(|state| state.step) {
+                Some((at, of)) => {
+                    format!("step {at} of {of} is {kept}; the same command with --resume goes on from there")
+                }
+                // Its pictures were being read or drawn: those can be had again.
+                None => "no step was trained yet, so that there is nothing new to keep".to_owned(),
+            };
             return Err(Interrupted(text).into());
         }
         result => result?,

@@ -210,3 +210,52 @@ fn concepts_of_one_seed_have_an_a_of_their_own_and_merge() {
     let asked = [&["generate", "a dog"][..], &with].concat();
     fails(path, 1, &asked, &["same A", "\"random\" by another seed"]);
 }
+
+/// While pictures of the class are drawn for a training, others draw in between, and Ctrl-C ends it at once.
+#[test]
+fn drawing_the_prior_shows_itself_gives_way_and_ends_with_ctrl_c() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, &format!("{SETTINGS}[prior]\nenabled = true\npictures = 1000\nsampling_steps = 500\n"));
+    let daemon = common::Daemon::start();
+    let on_daemon = |args: &[&str]| {
+        let mut command = common::command();
+        command.env("BLOCKLORA_DAEMON", daemon.socket()).args(args).current_dir(path);
+        command
+    };
+    let mut command = on_daemon(&train("x.st", &["--slot", "0"]));
+    let training = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let job = || {
+        let output = on_daemon(&["jobs", "list", "--kind", "train", "--json"]).output().unwrap();
+        let jobs: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        jobs[0].clone()
+    };
+    let started = Instant::now();
+    while job()["stage"] != "prior" {
+        assert!(started.elapsed() < Duration::from_secs(120), "no stage \"prior\" after two minutes: {}", job());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let drawn = on_daemon(&["generate", "a cat", "--steps", "2", "-o", "cat.png"]).output().unwrap();
+    assert!(drawn.status.success(), "{}", String::from_utf8_lossy(&drawn.stderr));
+    assert_eq!(job()["state"], "running", "the picture had to wait for the training's end");
+
+    let asked = Instant::now();
+    assert!(Command::new("kill").args(["-INT", &training.id().to_string()]).status().unwrap().success());
+    let ended = training.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("no step was trained yet"), "{stderr}");
+    assert!(asked.elapsed() < Duration::from_secs(20), "it took {:?} to end", asked.elapsed());
+    assert_eq!(job()["state"], "cancelled");
+    assert!(!path.join("x.st").exists());
+}
+
+#[test]
+fn the_steps_of_a_training_are_its_own_and_not_those_of_its_prior() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, &format!("{SETTINGS}[prior]\nenabled = true\npictures = 2\nsampling_steps = 2\n"));
+    let said = run_in(path, &train("x.st", &["--slot", "0", "--steps", "2", "--json"]));
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((said["steps"].as_u64(), said["resumed_at"].as_u64()), (Some(2), Some(0)), "{said}");
+}

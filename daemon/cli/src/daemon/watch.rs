@@ -180,6 +180,7 @@ impl Shown {
         match (state.stage.as_str(), self.loss) {
             ("training", Some(loss)) => format!("loss {loss:.4}"),
             ("sampling" | "training", _) => String::new(),
+            ("prior", _) => "drawing pictures of the class".to_owned(),
             (stage, _) => stage.replace('-', " "),
         }
     }

@@ -10,7 +10,7 @@ use super::checkpoint::Checkpoint;
 use super::dataset::Dataset;
 use super::host::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TrainHost, TrainState};
 use crate::error::{Error, Result};
-use crate::generate::{GenerateRequest, generate};
+use crate::generate::{GenerateRequest, Step, generate};
 use crate::merge::strategy::LayerInfo;
 use crate::model::{Model, Prediction};
 use crate::nn::{Forward, TrainingAdapter};
@@ -19,15 +19,36 @@ use crate::rng::{Rng, Stream};
 use crate::sample::Sampler;
 use crate::text::{self, ConceptSlots, Prompt, TokenisedPrompt};
 
-/// What a training run tells its caller after each step.
+/// What a training run is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Pictures are drawn for the trainer; the steps are the sampler's, of one request's pictures together.
+    Prior,
+    /// Steps of the training itself.
+    Training,
+}
+
+impl Stage {
+    /// As clients see it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prior => "prior",
+            Self::Training => "training",
+        }
+    }
+}
+
+/// What a training run tells its caller between two steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
+    /// What the steps are of.
+    pub stage: Stage,
     /// Steps done.
     pub step: usize,
     /// Steps in all.
     pub steps: usize,
-    /// The step's loss.
-    pub loss: f32,
+    /// The step's loss, in training.
+    pub loss: Option<f32>,
 }
 
 /// What draws pictures for trainers that ask for some.
@@ -65,7 +86,8 @@ pub struct EngineHost<'a> {
 
 impl<'a> EngineHost<'a> {
     /// A host for `dataset` on `model`. `checkpoint`: where to save, and every how many steps; with `resume` the run
-    /// continues from what is there.
+    /// continues from what is there. `progress` is called between two steps, those of pictures for the trainer, too: its
+    /// error ends the run.
     pub fn new(
         model: &'a Model,
         concept: &'a Concept,
@@ -371,7 +393,12 @@ impl TrainHost for EngineHost<'_> {
             height: self.canvas,
             count: request.count,
         };
-        let pictures = generate(self.model, &request, &mut |_| Ok(()))?;
+        let progress = &mut self.progress;
+        let mut between = |step: Step| {
+            let (done, steps) = (step.image * step.steps + step.step + 1, step.images * step.steps);
+            progress(Progress { stage: Stage::Prior, step: done, steps, loss: None })
+        };
+        let pictures = generate(self.model, &request, &mut between)?;
         self.drawn.push(Dataset::from_pictures(pictures.into_iter().map(|picture| (picture, None)).collect())?);
         Ok(start..start + request.count)
     }
@@ -384,7 +411,7 @@ impl TrainHost for EngineHost<'_> {
     }
 
     fn step_done(&mut self, step: usize, state: &dyn Fn() -> TrainState, steps: usize, loss: f32) -> Result<()> {
-        let answer = (self.progress)(Progress { step, steps, loss });
+        let answer = (self.progress)(Progress { stage: Stage::Training, step, steps, loss: Some(loss) });
         if let Some((checkpoint, every)) = &self.checkpoint
             && (answer.is_err() || step.is_multiple_of(*every))
         {

@@ -170,7 +170,8 @@ pub trait TrainHost {
     /// Whether `prompt`, in which `{}` stands for a concept of `tokens` tokens, fits the model; an error if not.
     fn check_prompt(&self, prompt: &str, tokens: usize) -> Result<()>;
     /// Draws pictures with the model as it is and puts them behind those that there are; returns their indices. The
-    /// job's seed and the request decide every pixel.
+    /// job's seed and the request decide every pixel. [`crate::Error::Cancelled`] within a sampling step if the caller
+    /// has cancelled.
     fn generate(&mut self, request: &PictureRequest) -> Result<Range<usize>>;
     /// 1/N sum of weight * error over the batch, with the mean squared errors (only where pictures cover the canvas),
     /// and its gradients, written into `gradients` (same shape as `parameters`; resized if needed). Base weights never

@@ -11,7 +11,7 @@ mod run;
 pub use bench::{BenchStep, bench_step};
 pub use checkpoint::Checkpoint;
 pub use dataset::Dataset;
-pub use engine_host::{EngineHost, PriorSampler, Progress};
+pub use engine_host::{EngineHost, PriorSampler, Progress, Stage};
 pub use host::{
     Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
     TrainPlan, TrainState, Trainer,

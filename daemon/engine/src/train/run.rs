@@ -60,7 +60,8 @@ pub struct TrainReport {
 }
 
 /// Trains with `trainer` and writes the adapter file. The same model, pictures, settings and seed give the same
-/// bytes, also when the run was interrupted and resumed. A checkpoint is removed once the file is safe.
+/// bytes, also when the run was interrupted and resumed. A checkpoint is removed once the file is safe. `progress` is
+/// called between two steps; its error ends the run, [`Error::Cancelled`] being the usual one.
 pub fn train(
     model: &Model,
     dataset: &Dataset,

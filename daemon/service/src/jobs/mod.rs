@@ -296,6 +296,10 @@ impl Job {
     /// `done` of `total` steps are done; `loss` of a training. The expected end follows from the pace so far.
     pub fn set_step(&self, done: u32, total: u32, loss: Option<f32>) {
         self.change(|s| {
+            if total != s.step.1 || done < s.step.0 {
+                // Steps of another kind have a pace of their own.
+                s.pace = None;
+            }
             s.step = (done, total);
             s.loss = loss.or(s.loss);
             s.progress = (total > 0).then(|| f64::from(done) / f64::from(total));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blocklora_engine::Error as EngineError;
-use blocklora_engine::train::{Concept, Dataset, Progress, TrainRequest, train};
+use blocklora_engine::train::{Concept, Dataset, Progress, Stage, TrainRequest, train};
 use blocklora_spec::Adapter;
 use sha2::{Digest, Sha256};
 
@@ -97,8 +97,11 @@ impl Worker {
         let restore = Restore { model: &work.model, set: &pristine };
         let (mut failure, mut resumed_at) = (None, None);
         let mut progress = |p: Progress| {
-            resumed_at.get_or_insert(p.step.saturating_sub(1) as u32);
-            job.set_step(p.step as u32, p.steps as u32, Some(p.loss));
+            if p.stage == Stage::Training {
+                resumed_at.get_or_insert(p.step.saturating_sub(1) as u32);
+            }
+            job.set_stage(p.stage.name());
+            job.set_step(p.step as u32, p.steps as u32, p.loss);
             self.pause(job, &restore).map_err(|error| {
                 failure = Some(error);
                 EngineError::Cancelled

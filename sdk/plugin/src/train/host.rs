@@ -228,7 +228,8 @@ pub trait TrainHost: Job {
     /// Draws pictures with the model as it is, nothing merged and nothing trained, and puts them behind those that
     /// there are; returns their indices. The job's seed and the request decide every pixel, so that a resumed run asks
     /// again and gets the same pictures. Fails with [`Code::NotSupported`](crate::Code::NotSupported) where the host
-    /// has no sampler.
+    /// has no sampler, and with [`Error::cancelled`](crate::Error::cancelled) within a sampling step if the caller has
+    /// cancelled.
     fn generate(&mut self, request: &PictureRequest) -> Result<Range<usize>>;
     /// The loss of the batch, `1/N sum_i weight_i error_i` with error_i the mean squared error where the picture covers
     /// the canvas, and its gradients, written into `gradients` (made to the shape of `parameters` if they have another).
