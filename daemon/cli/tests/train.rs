@@ -259,3 +259,20 @@ fn the_steps_of_a_training_are_its_own_and_not_those_of_its_prior() {
     let said: serde_json::Value = serde_json::from_str(&said).unwrap();
     assert_eq!((said["steps"].as_u64(), said["resumed_at"].as_u64()), (Some(2), Some(0)), "{said}");
 }
+
+#[test]
+fn every_line_of_the_captions_file_is_for_one_picture() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    let args = train("x.st", &["--slot", "0", "--steps", "1"]);
+    let line = |name: &str, text: &str| serde_json::json!({"file_name": name, "text": text}).to_string();
+    let write = |lines: &[String]| std::fs::write(path.join("photos/metadata.jsonl"), lines.join("\n")).unwrap();
+    write(&[line("0.png", "a {c}"), String::new(), line("1.jpg", "a {c} at night"), line("9.png", "{c}")]);
+    let needles = ["photos/metadata.jsonl", "line 3", "\"1.jpg\"", "correct file_name"];
+    fails(path, 1, &args, &needles);
+    write(&[line("0.png", "a {c}"), line("1.png", "{c}"), line("0.png", "a {c} at night")]);
+    fails(path, 1, &args, &["photos/metadata.jsonl", "line 3", "\"0.png\"", "in line 1 already"]);
+    write(&[line("1.png", "a {c} at night")]);
+    run_in(path, &args);
+}

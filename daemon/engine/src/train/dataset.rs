@@ -19,15 +19,19 @@ struct MetadataLine {
     text: String,
 }
 
-/// Captions by file name; empty if there is no such file.
-fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+/// Captions by file name, each with its line's number; empty if there is no such file.
+fn read_metadata(path: &Path) -> Result<BTreeMap<String, (usize, String)>> {
     let mut captions = BTreeMap::new();
     for (number, line) in (1..).zip(read_optional(path)?.unwrap_or_default().lines()) {
-        if !line.trim().is_empty() {
-            let line: MetadataLine =
-                serde_json::from_str(line).map_err(|e| Error::invalid_file(path, format!("line {number}: {e}")))?;
-            captions.insert(line.file_name, line.text);
+        if line.trim().is_empty() {
+            continue;
         }
+        let invalid = |reason: String| Error::invalid_file(path, format!("line {number}: {reason}"));
+        let MetadataLine { file_name, text } = serde_json::from_str(line).map_err(|e| invalid(e.to_string()))?;
+        if let Some((before, _)) = captions.get(&file_name) {
+            return Err(invalid(format!("{file_name:?} has a caption in line {before} already; keep one of them")));
+        }
+        captions.insert(file_name, (number, text));
     }
     Ok(captions)
 }
@@ -55,8 +59,8 @@ impl Dataset {
     }
 
     /// Every PNG, JPEG or WebP file of `folder`, by name, with its caption. Captions come from `metadata.jsonl` (lines
-    /// of `{"file_name": "x.png", "text": "..."}`), else from `x.txt` beside `x.png`, else there is none; in a caption
-    /// `{c}` stands for the concept. Fails if there is no picture.
+    /// of `{"file_name": "x.png", "text": "..."}`, one for a picture), else from `x.txt` beside `x.png`, else there is
+    /// none; in a caption `{c}` stands for the concept. Fails if there is no picture, or none of a line's name.
     pub fn list_folder(folder: &Path) -> Result<Vec<(PathBuf, Option<String>)>> {
         let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
         let mut files = Vec::new();
@@ -71,17 +75,26 @@ impl Dataset {
         if files.is_empty() {
             return Err(Error::invalid_file(folder, "there is no picture (.png, .jpg, .jpeg or .webp) in this folder"));
         }
-        let listed = read_metadata(&folder.join("metadata.jsonl"))?;
+        let metadata = folder.join("metadata.jsonl");
+        let mut listed = read_metadata(&metadata)?;
         let mut items = Vec::new();
         for path in files {
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
-            let caption = match listed.get(name) {
-                Some(caption) => Some(caption.clone()),
+            let caption = match listed.remove(name) {
+                Some((_, caption)) => Some(caption),
                 None => read_optional(&path.with_extension("txt"))?.map(|c| c.trim().to_owned()),
             };
             items.push((path, caption));
         }
-        Ok(items)
+        match listed.into_iter().min_by_key(|(_, (line, _))| *line) {
+            None => Ok(items),
+            Some((name, (line, _))) => {
+                let reason = format!(
+                    "line {line}: there is no picture {name:?} in this folder; correct file_name, or remove the line"
+                );
+                Err(Error::invalid_file(metadata, reason))
+            }
+        }
     }
 
     /// Loads these files with these captions.
