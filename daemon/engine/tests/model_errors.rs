@@ -7,6 +7,8 @@ use std::fs;
 use std::path::Path;
 
 use blocklora_engine::model::Model;
+use blocklora_engine::model::config::SchedulerConfig;
+use blocklora_engine::sample::TimestepSpacing;
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use support::*;
@@ -120,6 +122,28 @@ fn settings_that_change_nothing_are_accepted() {
     check(dir, "text_encoder/config.json", "top_k", json!(50), &[]);
     check(dir, "scheduler/scheduler_config.json", "skip_prk_steps", json!(true), &[]);
     check(dir, "model_index.json", "safety_checker", json!([null, null]), &[]);
+}
+
+/// The defaults of diffusers, class by class.
+#[test]
+fn a_scheduler_that_does_not_say_its_spacing_has_its_classs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("scheduler_config.json");
+    let spacing = |class: &str, said: Value| {
+        let config = json!({"_class_name": class, "clip_sample": false, "timestep_spacing": said});
+        fs::write(&path, config.to_string()).unwrap();
+        SchedulerConfig::open(&path).unwrap().schedule.spacing
+    };
+    for class in ["DDIM", "DDPM", "PNDM", "LCM", "TCD"] {
+        let class = format!("{class}Scheduler");
+        assert_eq!(spacing(&class, Value::Null), TimestepSpacing::Leading, "{class}");
+        assert_eq!(spacing(&class, json!("linspace")), TimestepSpacing::Linspace, "{class}");
+    }
+    for class in ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"] {
+        let class = format!("{class}Scheduler");
+        assert_eq!(spacing(&class, Value::Null), TimestepSpacing::Linspace, "{class}");
+        assert_eq!(spacing(&class, json!("trailing")), TimestepSpacing::Trailing, "{class}");
+    }
 }
 
 #[test]

@@ -6,6 +6,24 @@ use super::Fields;
 use crate::error::Result;
 use crate::sample::{NoiseSchedule, TimestepSpacing};
 
+/// The schedulers of diffusers that space timesteps evenly from end to end unless told otherwise; with the others the
+/// default is "leading".
+const LINSPACE: &[&str] = &[
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+];
+
 /// What the UNet predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prediction {
@@ -70,7 +88,8 @@ impl SchedulerConfig {
         };
         fields.only("rescale_betas_zero_snr", false)?;
         fields.only("thresholding", false)?;
-        let spacing = match fields.or("timestep_spacing", "leading".to_owned())?.as_str() {
+        let spacing = if LINSPACE.contains(&class.as_str()) { "linspace" } else { "leading" };
+        let spacing = match fields.or("timestep_spacing", spacing.to_owned())?.as_str() {
             "leading" => TimestepSpacing::Leading,
             "linspace" => TimestepSpacing::Linspace,
             "trailing" => TimestepSpacing::Trailing,
