@@ -159,6 +159,9 @@ fn class_words_and_captions_are_checked_before_training() {
     };
     fails(folder.path(), 1, &args("xyzzyqwv", "x"), &["xyzzyqwv", "choose a more common word"]);
     fails(folder.path(), 1, &args("dog", "my dog"), &["my dog", "letters"]);
+    // A word of the method's own is not taken for the class.
+    let rare = [&args("dog", "x")[..], &["--method", "dreambooth-lora"]].concat();
+    fails(folder.path(), 1, &rare, &["rare_token = sks", "one token of this model's vocabulary"]);
     std::fs::write(folder.path().join("photos/0.txt"), "on the beach").unwrap();
     fails(folder.path(), 1, &args("dog", "x"), &["photos/0", "{c}"]);
 }

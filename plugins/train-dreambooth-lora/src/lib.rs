@@ -67,6 +67,7 @@ impl Trainer for DreamboothLora {
 
     fn train(&self, host: &mut dyn TrainHost) -> Result<Parameters> {
         self.check()?;
+        check_rare_token(host, &self.rare_token)?;
         let recipe = Recipe {
             words: Words::Rare(&self.rare_token),
             prompt: Some(self.instance_prompt.as_str()).filter(|prompt| !prompt.is_empty()),
@@ -74,6 +75,18 @@ impl Trainer for DreamboothLora {
         };
         train_concept(host, &recipe)
     }
+}
+
+/// The host says what is wrong with a word; whose word it is it cannot know.
+fn check_rare_token(host: &dyn TrainHost, word: &str) -> Result<()> {
+    host.embedding(word).map(drop).map_err(|error| match error.is_cancelled() {
+        true => error,
+        false => {
+            let reason =
+                "must be one token of this model's vocabulary; choose another word that it has but hardly knows";
+            Error::config("rare_token", word, reason)
+        }
+    })
 }
 
 blocklora_sdk::export_plugin! {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use blocklora_sdk::testing::{Quadratic, TrainGolden, check_trainer};
 use blocklora_sdk::train::{ConceptSettings, LearningRates, Parameters, PriorPreservation, Trainer};
-use blocklora_sdk::{Config, Value, resolve, schema};
+use blocklora_sdk::{Code, Config, Value, resolve, schema};
 use train_dreambooth_lora::DreamboothLora;
 
 fn trainer(steps: usize, prior: Option<f32>) -> DreamboothLora {
@@ -29,6 +29,18 @@ fn equals_pytorch() {
     check("dreambooth-lora", None);
     check("dreambooth-lora prior=1", Some(1.0));
     check("dreambooth-lora prior=0.25", Some(0.25));
+}
+
+#[test]
+fn an_unknown_word_is_named_by_its_setting_before_anything_is_drawn() {
+    let unknown = DreamboothLora { rare_token: Quadratic::UNKNOWN.into(), ..trainer(2, Some(1.0)) };
+    let mut host = Quadratic::new();
+    let error = unknown.train(&mut host).unwrap_err();
+    assert_eq!((error.code, host.drawn), (Code::InvalidConfig, 0));
+    assert!(error.message.contains("rare_token = xyzzyqwv: must be one token"), "{error}");
+    host.concept.class_word = Quadratic::UNKNOWN.into();
+    let error = trainer(2, Some(1.0)).train(&mut host).unwrap_err();
+    assert_eq!((error.code, host.drawn), (Code::Host, 0));
 }
 
 /// The change of row 3 at the optimum.

@@ -328,14 +328,16 @@ impl TrainHost for EngineHost<'_> {
     }
 
     fn embedding(&self, word: &str) -> Result<Vec<f32>> {
-        let refuse = |reason: &str| Err(Error::option("class", word, reason));
+        // A trainer may ask for other words, too, and knows which of its settings has one.
+        let name = if word == self.concept.class_word { "class" } else { "word" };
+        let refuse = |reason: &str| Err(Error::option(name, word, reason));
         match self.model.tokenizer().ids(word)?[..] {
-            [] => refuse("a class word is needed, such as dog, person or style"),
+            [] => refuse("it must be a word, such as dog, person or style"),
             [id] => {
                 let ids = Tensor::from_slice(&[id], (1, 1), self.device())?;
                 Ok(self.model.text_encoder().embed(&ids)?.flatten_all()?.to_vec1()?)
             }
-            _ => refuse("the class word must be one token of this model's vocabulary; choose a more common word"),
+            _ => refuse("it must be one token of this model's vocabulary; choose a more common word"),
         }
     }
 

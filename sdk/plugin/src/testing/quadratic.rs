@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::job::{TestJob, delegate_job};
 use crate::Kind;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::merge::Layer;
 use crate::train::{Concept, ErasureMasks, Parameters, PictureRequest, Sample, TokenFactors, TrainHost, TrainState};
 
@@ -53,6 +53,8 @@ impl Quadratic {
     pub const M: usize = 24;
     /// Inputs of every layer.
     pub const N: usize = 6;
+    /// A word that is no token of the vocabulary; every other one is.
+    pub const UNKNOWN: &str = "xyzzyqwv";
 
     /// The problem.
     pub fn new() -> Self {
@@ -97,6 +99,9 @@ impl TrainHost for Quadratic {
         &self.captions
     }
     fn embedding(&self, word: &str) -> Result<Vec<f32>> {
+        if word == Self::UNKNOWN {
+            return Err(Error::new(Code::Host, format!("word = {word}: it must be one token")));
+        }
         Ok(vec![0.1, if word == "cat" { 0.2 } else { 0.3 }])
     }
     fn check_prompt(&self, _prompt: &str, _tokens: usize) -> Result<()> {

@@ -80,6 +80,7 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
     let settings = recipe.settings;
     settings.check()?;
     let prior = settings.prior.of_class(&host.concept().class_word);
+    check_words(host, recipe)?;
     check_prompts(host, recipe, prior.as_ref())?;
     let prior_pictures = draw_prior_pictures(host, prior.as_ref())?;
     let adamw = AdamW { weight_decay: settings.weight_decay, ..AdamW::default() };
@@ -123,6 +124,15 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
     }
     check_finite(&state)?;
     Ok(state.parameters)
+}
+
+/// The words that the names start as must be tokens of the model, which is better known before pictures are drawn.
+fn check_words(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
+    host.embedding(&host.concept().class_word)?;
+    match recipe.words {
+        Words::Noise => Ok(()),
+        Words::Rare(word) => host.embedding(word).map(drop),
+    }
 }
 
 /// Every prompt that training may draw must fit the model.
