@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use blocklora_sdk::testing::{Quadratic, TrainGolden, check_trainer};
-use blocklora_sdk::train::{ConceptSettings, LayerChoice, LearningRates, Parameters, Trainer};
+use blocklora_sdk::train::{Augmentation, ConceptSettings, LayerChoice, LearningRates, Parameters, Trainer};
 use blocklora_sdk::{Delta, Value, resolve, schema};
 use train_ed_lora::EdLora;
 
@@ -73,6 +73,21 @@ fn the_class_words_vector_starts_the_second_name() {
     assert_eq!(tokens[1].values, [0.1, 0.2, 0.1, 0.2, 0.1, 0.2]);
     assert!(tokens[0].values.iter().all(|x| x.abs() < 5.0 * 0.013));
     assert_eq!((tokens[0].name.as_str(), tokens[1].name.as_str()), ("milo-1", "milo-2"));
+}
+
+/// Scale 1 means a canvas that is filled, so that a picture with another shape is cropped.
+#[test]
+fn a_smallest_scale_of_1_still_shows_pictures_whole() {
+    let augmentation = Augmentation { fill: 0.0, min_scale: 1.0, flip: false };
+    let trainer = EdLora { settings: ConceptSettings { augmentation, ..settings() } };
+    let mut host = Quadratic::new();
+    trainer.train(&mut host).unwrap();
+    assert!(host.batches.iter().flatten().all(|s| s.placement.scale < 1.0 && s.placement.scale > 0.9999));
+    let filled = Augmentation { fill: 1.0, ..augmentation };
+    let trainer = EdLora { settings: ConceptSettings { augmentation: filled, ..settings() } };
+    let mut host = Quadratic::new();
+    trainer.train(&mut host).unwrap();
+    assert!(host.batches.iter().flatten().all(|s| s.placement.scale == 1.0));
 }
 
 #[test]

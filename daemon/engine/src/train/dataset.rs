@@ -194,3 +194,29 @@ impl Dataset {
         Ok((Tensor::from_vec(values, (1, 3, size, size), device)?, covered))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Which pixels of a canvas of 8 a picture of 4 x 2 covers, and which of its two colours are to be seen.
+    fn placed(scale: f32) -> (usize, usize, [bool; 2]) {
+        let pixels = (0..8).flat_map(|i| [if i % 4 < 2 { 0 } else { 255 }; 3]).collect();
+        let dataset = Dataset::from_pictures(vec![(Picture::new(4, 2, pixels).unwrap(), None)]).unwrap();
+        let placement = Placement { scale, offset: [0.0; 2], flip: false };
+        let (values, covered) = dataset.place(0, &placement, 8, &Device::Cpu).unwrap();
+        let values: Vec<f32> = values.flatten_all().unwrap().to_vec1().unwrap();
+        let rows = covered.chunks(8).filter(|row| row.iter().any(|&c| c)).count();
+        let shown = |low: f32, high: f32| (0..64).any(|i| covered[i] && (low..=high).contains(&values[i]));
+        (rows, covered.iter().filter(|&&c| c).count(), [shown(-1.1, -0.9), shown(0.9, 1.1)])
+    }
+
+    #[test]
+    fn scale_1_crops_and_less_shows_the_whole_picture() {
+        assert_eq!(placed(1.0), (8, 64, [true, false]), "the canvas is full, the right half outside");
+        assert_eq!(placed(2.0), placed(1.0));
+        assert_eq!(placed(1.0_f32.next_down()), (4, 32, [true, true]));
+        assert_eq!(placed(0.5), (2, 8, [true, true]));
+    }
+}

@@ -309,6 +309,8 @@ pub(super) fn draw_sample(
 pub(super) fn draw_placement(rng: &mut Rng, augmentation: &Augmentation) -> Placement {
     let fill = rng.uniform() < augmentation.fill;
     let shrunk = augmentation.min_scale + (1.0 - augmentation.min_scale) * rng.uniform();
+    // 1 would fill the canvas; the next smaller number is a whole picture, as large as it fits.
+    let shrunk = shrunk.min(1.0_f32.next_down());
     Placement {
         scale: if fill { 1.0 } else { shrunk },
         offset: [rng.uniform(), rng.uniform()],

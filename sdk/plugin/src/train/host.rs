@@ -115,7 +115,8 @@ impl Parameters {
 /// How a training picture is laid on the square canvas.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Placement {
-    /// Size of the picture's short side on the canvas, as a fraction of the canvas: above 1 crops, below 1 pads.
+    /// 1, or more: the picture's short side is the canvas's, and what stands out is cropped. Below 1: the whole picture is
+    /// there, its long side this fraction of the canvas, and the rest of the canvas is empty.
     pub scale: f32,
     /// Where in the free (or cropped) range it lies, 0..=1 in x and y.
     pub offset: [f32; 2],

@@ -93,7 +93,7 @@ pub struct Augmentation {
     /// and placed at random, and the loss counts only where it lies.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub fill: f32,
-    /// The smallest fraction of the canvas to which a picture is shrunk.
+    /// The smallest fraction of the canvas to which a picture is shrunk, by its long side; 1: as large as it fits whole.
     #[schemars(range(min = 0.1, max = 1.0))]
     pub min_scale: f32,
     /// Mirror half of the pictures. Wrong for people and for anything with a left and a right.
