@@ -279,3 +279,17 @@ fn every_line_of_the_captions_file_is_for_one_picture() {
     write(&[line("1.png", "a {c} at night")]);
     run_in(path, &args);
 }
+
+/// A style's captions are never put into a template, so that one may be as long as the model can read.
+#[test]
+fn only_prompts_that_are_drawn_must_fit() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    // Begin, end and the concept's two words have a place each.
+    let words = common::model().tokenizer().length() - 4;
+    std::fs::write(path.join("photos/0.txt"), format!("{{c}}{}", " a".repeat(words))).unwrap();
+    let train = |kind, output| train(output, &["--slot", "0", "--steps", "1", "--kind", kind]);
+    fails(path, 1, &train("subject", "x.st"), &["prompt", "a close-up of"]);
+    run_in(path, &train("style", "style.st"));
+}

@@ -6,6 +6,7 @@
 //! 3), what A starts as and whether it trains (Orthogonal Adaptation), what the words start as (DreamBooth). Any of them
 //! may learn pictures of the prior beside the concept's.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::adamw::AdamW;
@@ -137,16 +138,12 @@ fn check_words(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<()> {
 
 /// Every prompt that training may draw must fit the model.
 fn check_prompts(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: Option<&Prior>) -> Result<()> {
-    let templates = match recipe.prompt {
-        Some(_) => &[],
-        None if recipe.settings.templates => templates::of_kind(host.concept().kind),
-        None => &["{}"],
+    let prompts_of = |caption: &Option<String>| match recipe.prompt {
+        Some(prompt) => vec![prompt.to_owned()],
+        None => templates::prompts(host.concept().kind, caption.as_deref(), recipe.settings.templates),
     };
-    recipe.prompt.map_or(Ok(()), |prompt| host.check_prompt(prompt, CONCEPT_TOKENS))?;
-    for template in templates {
-        for caption in host.captions().iter().flatten().map(String::as_str).chain(["{}"]) {
-            host.check_prompt(&template.replace("{}", caption), CONCEPT_TOKENS)?;
-        }
+    for prompt in host.captions().iter().flat_map(prompts_of).collect::<BTreeSet<_>>() {
+        host.check_prompt(&prompt, CONCEPT_TOKENS)?;
     }
     let mut drawn = prior.iter().flat_map(|prior| &prior.pictures);
     drawn.try_for_each(|request| host.check_prompt(&request.prompt, 0))
