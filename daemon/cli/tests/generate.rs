@@ -168,6 +168,16 @@ fn an_interrupted_drawing_leaves_nothing_behind() {
     assert!(common::snapshot(folder.path()).is_empty());
 }
 
+/// Two of these steps would be at one timestep, and what solvers divide by zero is no picture.
+#[test]
+fn as_many_steps_as_timesteps_are_refused_where_the_schedule_is_moved() {
+    let folder = temporary();
+    for sampler in ["dpmpp-2m", "dpmpp-2m-sde"] {
+        let args = ["generate", "a cat", "--steps", "999", "--sampler", sampler, "-o", "x.png"];
+        common::fails(folder.path(), 1, &args, &["steps = 999", "steps_offset = 1", "take fewer"]);
+    }
+}
+
 #[test]
 fn help_and_version_go_to_stdout() {
     assert!(succeeds(["bench", "merge", "--help"]).contains("--capacity"));

@@ -43,13 +43,13 @@ pub fn noise_levels(schedule: &NoiseSchedule, steps: usize, karras: bool) -> Res
 
 /// The same for multistep solvers: the levels of [`NoiseSchedule::multistep_timesteps`], or Karras' over the whole
 /// schedule with the nearest trained timesteps; as diffusers' DPMSolverMultistepScheduler visits them. Fails unless
-/// 1 <= steps < num_train_timesteps.
+/// 1 <= steps < num_train_timesteps, and where [`NoiseSchedule::multistep_timesteps`] does.
 pub fn multistep_noise_levels(schedule: &NoiseSchedule, steps: usize, karras: bool) -> Result<Vec<NoiseLevel>> {
-    let timesteps = schedule.multistep_timesteps(steps)?;
     if !karras {
-        let level = |&t: &usize| NoiseLevel { timestep: t as f32, sigma: schedule.sigma(t) };
-        return Ok(timesteps.iter().map(level).collect());
+        let level = |t: usize| NoiseLevel { timestep: t as f32, sigma: schedule.sigma(t) };
+        return Ok(schedule.multistep_timesteps(steps)?.into_iter().map(level).collect());
     }
+    schedule.check_steps(steps, schedule.num_train_timesteps() - 1)?;
     let timestep_of = timestep_of_sigma(schedule);
     let sigmas = karras_sigmas(schedule.sigma(schedule.num_train_timesteps() - 1), schedule.sigma(0), steps, 7.0);
     let level = |sigma| NoiseLevel { timestep: timestep_of(sigma).round_ties_even() as f32, sigma };
@@ -104,6 +104,12 @@ mod tests {
                 }
             }
             assert!(noise_levels(&schedule, 0, true).is_err() && noise_levels(&schedule, 1001, false).is_err());
+            // Karras' levels need no timestep of their own.
+            let moved = NoiseSchedule { steps_offset: 1, ..schedule.clone() };
+            assert!(multistep_noise_levels(&moved, 999, true).is_ok());
+            assert!(
+                multistep_noise_levels(&moved, 0, true).is_err() && multistep_noise_levels(&moved, 1000, true).is_err()
+            );
         }
     }
 

@@ -107,7 +107,9 @@ impl NoiseSchedule {
     }
 
     /// The same for multistep solvers, which leave out the last of `steps` + 1 evenly spaced timesteps (diffusers'
-    /// DPMSolverMultistepScheduler). Fails unless 1 <= steps < num_train_timesteps.
+    /// DPMSolverMultistepScheduler). Fails unless 1 <= steps < num_train_timesteps, and where two steps would be at one
+    /// timestep, since these solvers divide by the distance: with as many steps as timesteps there is no room for
+    /// `steps_offset`.
     pub fn multistep_timesteps(&self, steps: usize) -> Result<Vec<usize>> {
         let trained = self.num_train_timesteps();
         self.check_steps(steps, trained - 1)?;
@@ -117,10 +119,20 @@ impl NoiseSchedule {
             TimestepSpacing::Linspace => ((steps - i) as f64 * last / steps as f64).round_ties_even() as usize,
             TimestepSpacing::Trailing => trailing(trained, steps, i),
         };
-        Ok((0..steps).map(|i| spaced(i).min(trained - 1)).collect())
+        let timesteps: Vec<usize> = (0..steps).map(|i| spaced(i).min(trained - 1)).collect();
+        if !timesteps.is_sorted_by(|a, b| a > b) {
+            let reason = format!(
+                "with steps_offset = {} of this model's noise schedule, two of them would be at timestep {}; take fewer",
+                self.steps_offset,
+                trained - 1
+            );
+            return Err(Error::config("steps", steps, reason));
+        }
+        Ok(timesteps)
     }
 
-    fn check_steps(&self, steps: usize, most: usize) -> Result<()> {
+    /// Fails unless 1 <= steps <= most.
+    pub(super) fn check_steps(&self, steps: usize, most: usize) -> Result<()> {
         if (1..=most).contains(&steps) {
             return Ok(());
         }
@@ -172,7 +184,15 @@ mod tests {
             assert!(schedule.timesteps(0).is_err());
             assert!(schedule.timesteps(1001).is_err());
             assert!(schedule.multistep_timesteps(1000).is_err());
+            for steps in (1..1000).filter(|&steps| spacing != TimestepSpacing::Leading || steps != 999) {
+                let timesteps = schedule.multistep_timesteps(steps).unwrap();
+                assert!(timesteps.len() == steps && timesteps.is_sorted_by(|a, b| a > b), "{spacing:?} {steps}");
+            }
         }
+        // 999 and 998, moved up by 1, are both the last one.
+        let error = stable_diffusion().multistep_timesteps(999).unwrap_err().message;
+        assert!(error.contains("steps = 999: with steps_offset = 1") && error.contains("timestep 999"), "{error}");
+        assert!(NoiseSchedule { steps_offset: 0, ..stable_diffusion() }.multistep_timesteps(999).is_ok());
     }
 
     #[test]
