@@ -8,11 +8,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Trains a concept that owns every row (Gu et al., "Mix-of-Show", NeurIPS 2023): what BlockLoRA adds its
-/// blocks and its erasure to.
+/// blocks and its erasure to. Three parts of the published training are left out: captions are not shuffled behind their
+/// first phrase, the loss counts wherever the picture lies instead of in a mask of the subject, and the attention of the
+/// two words is not regularised.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EdLora {
-    /// What it shares with other methods; their defaults are its published ones.
+    /// What it shares with other methods; their defaults are its published numbers.
     #[serde(flatten)]
     pub settings: ConceptSettings,
 }

@@ -1,7 +1,8 @@
 //! Learning one concept: the loop that the concept trainers share.
 //!
 //! ED-LoRA (Gu et al., "Mix-of-Show", NeurIPS 2023) names a concept by two tokens with one vector per cross-attention
-//! layer and adapts the attention projections of the UNet and of the text encoder. The other methods differ in a few
+//! layer and adapts the attention projections of the UNet and of the text encoder. (Its shuffled captions, subject masks
+//! and attention regularisation are left out.) The other methods differ in a few
 //! places, which a [`Recipe`] names: which rows of B exist (BlockLoRA, equation 4), which outputs are erased (equation
 //! 3), what A starts as and whether it trains (Orthogonal Adaptation), what the words start as (DreamBooth). Any of them
 //! may learn pictures of the prior beside the concept's.

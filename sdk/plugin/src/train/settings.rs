@@ -134,7 +134,8 @@ enum SchemeSchema {
     Permuted,
 }
 
-/// Settings that concept trainers share. The defaults are ED-LoRA's published ones.
+/// Settings that concept trainers share. The defaults are ED-LoRA's published numbers; of its training, captions shuffled
+/// behind their first phrase, masks of the subject and the regularisation of attention are left out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConceptSettings {
