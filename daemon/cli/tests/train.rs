@@ -205,13 +205,13 @@ fn concepts_of_one_seed_have_an_a_of_their_own_and_merge() {
     }
     let with = ["--with", "milo", "--with", "zuko", "--strategy", "orthogonal", "--steps", "1", "-o", "x.png"];
     run_in(path, &[&["generate", "<milo> and <zuko>"][..], &with].concat());
-    // The same name and seed choose the same rows, and the refusal says so.
-    let text = std::fs::read(path.join("photos/1.png")).unwrap();
-    std::fs::write(path.join("photos/2.png"), text).unwrap();
-    run_in(path, &train("again", &["--steps", "1", "--method", "orthogonal"]));
-    let with = ["--with", "milo", "--with", "again", "--strategy", "orthogonal", "--steps", "1", "-o", "y.png"];
-    let asked = [&["generate", "a dog"][..], &with].concat();
-    fails(path, 1, &asked, &["same A", "\"random\" by another seed"]);
+    // Of one slot they have the same A, whatever they are called, and the refusal says what to do.
+    std::fs::write(path.join("settings.toml"), format!("allocation = \"allocated\"\n{SETTINGS}")).unwrap();
+    for name in ["milo", "zuko"] {
+        run_in(path, &train(name, &["--name", name, "--steps", "1", "--method", "orthogonal"]));
+    }
+    let asked = [&["generate", "<milo> and <zuko>"][..], &with].concat();
+    fails(path, 1, &asked, &["same A", "\"allocated\" in another slot = N"]);
 }
 
 /// While pictures of the class are drawn for a training, others draw in between, and Ctrl-C ends it at once.

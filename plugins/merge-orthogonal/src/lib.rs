@@ -35,8 +35,9 @@ impl MergeStrategy for Orthogonal {
 }
 
 /// Fails where two adapters have the same A, so that they answer to the same inputs, and nothing is orthogonal about them:
-/// they were trained in one slot of one basis, or chose its rows at random by one seed and one name. Which slots of a
-/// basis are taken nobody keeps but their users; that the rows of two random choices overlap in part is as published.
+/// they were trained in one slot of one basis, or chose its rows at random when names did not count for that yet. Which
+/// slots of a basis are taken nobody keeps but their users; that the rows of two random choices overlap in part is as
+/// published.
 fn check_slots(index: usize, layer: &Layer, adapters: &[Adapter<'_>]) -> Result<()> {
     let mut first_with: HashMap<Vec<u32>, &Adapter<'_>> = HashMap::new();
     for (_, adapter, factors) in present(adapters, index) {
@@ -47,8 +48,8 @@ fn check_slots(index: usize, layer: &Layer, adapters: &[Adapter<'_>]) -> Result<
         if first.digest != adapter.digest && same_a {
             return Err(Error::incompatible(format!(
                 "adapter {:?}: it and {:?} have the same A in {}, so that both answer to the same inputs; train one of \
-                 them again (with allocation = \"allocated\" in another slot = N, with \"random\" by another seed or \
-                 under another name), leave one out, or merge by another strategy",
+                 them again (with allocation = \"allocated\" in another slot = N; with \"random\" its name chooses \
+                 other rows), leave one out, or merge by another strategy",
                 adapter.name, first.name, layer.name
             )));
         }

@@ -67,7 +67,7 @@ fn two_adapters_with_the_same_a_are_refused() {
         adapters[2].name,
         &problem.layers[layer].name,
         "\"allocated\" in another slot = N",
-        "\"random\" by another seed",
+        "\"random\" its name chooses",
     ] {
         assert!(error.contains(part), "{error}");
     }
