@@ -137,6 +137,7 @@ pub struct Jobs {
     pub results_keep_max: usize,
     pub results_keep_bytes: u64,
     pub history_max: u64,
+    pub checkpoints_max: usize,
 }
 
 impl Default for Jobs {
@@ -149,6 +150,7 @@ impl Default for Jobs {
             results_keep_max: 512,
             results_keep_bytes: 512 << 20,
             history_max: 10_000,
+            checkpoints_max: 32,
         }
     }
 }
@@ -237,6 +239,9 @@ impl Config {
         }
         if self.jobs.queue_limit_per_client == 0 {
             return fail("queue_limit_per_client", "must be at least 1");
+        }
+        if self.jobs.checkpoints_max == 0 {
+            return fail("checkpoints_max", "must be at least 1");
         }
         if self.limits.connections_max == 0 {
             return fail("connections_max", "must be at least 1");

@@ -196,6 +196,8 @@ pub struct Train {
     pub licence: Option<String>,
     /// When it was made, to state in the file.
     pub created: Option<String>,
+    /// Fail where no checkpoint of this training is kept; else it begins anew there.
+    pub resume: Option<bool>,
     /// What every job has.
     pub job: JobOptions,
 }
@@ -222,6 +224,7 @@ impl Train {
             .maybe("storage", self.storage.clone())
             .maybe("licence", self.licence.clone())
             .maybe("created", self.created.clone())
+            .maybe("resume", self.resume)
             .into_dict()
     }
 }

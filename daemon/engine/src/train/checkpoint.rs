@@ -130,14 +130,6 @@ impl Checkpoint {
         let optimiser = (0..header.optimiser).map(|i| read("optimiser", i, None)).collect::<Result<Vec<Vec<f32>>>>()?;
         Ok(Some(TrainState { step: header.step, parameters, optimiser }))
     }
-
-    /// Removes the file; it may be missing.
-    pub fn remove(&self) -> Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&self.path, e)),
-            _ => Ok(()),
-        }
-    }
 }
 
 fn collect<'a>(tensors: impl Iterator<Item = &'a Vec<f32>>) -> Vec<Vec<u8>> {

@@ -60,8 +60,9 @@ pub struct TrainReport {
 }
 
 /// Trains with `trainer` and writes the adapter file. The same model, pictures, settings and seed give the same
-/// bytes, also when the run was interrupted and resumed. A checkpoint is removed once the file is safe. `progress` is
-/// called between two steps; its error ends the run, [`Error::Cancelled`] being the usual one.
+/// bytes, also when the run was interrupted and resumed. The last checkpoint stays, for the caller to remove once the
+/// file is where it belongs. `progress` is called between two steps; its error ends the run, [`Error::Cancelled`] being
+/// the usual one.
 pub fn train(
     model: &Model,
     dataset: &Dataset,
@@ -84,7 +85,6 @@ pub fn train(
         .with_sampler(request.sampler.clone());
     let parameters = trainer.train(&mut host)?;
     let digest = write(model, dataset, trainer, request, &plan, &parameters)?;
-    checkpoint.remove()?;
     Ok(TrainReport {
         digest,
         parameters: parameters.tensors().map(Vec::len).sum(),

@@ -24,6 +24,26 @@ pub struct Lease {
     pub expires_usec: u64,
 }
 
+/// Who wants a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim<'a> {
+    /// The job whose training it is for: the lease has its id, and goes when it is over.
+    pub training: Option<&'a str>,
+    /// What for.
+    pub name: &'a str,
+    /// Who.
+    pub uid: u32,
+    /// When it ends; 0: never.
+    pub expires_usec: u64,
+}
+
+impl<'a> Claim<'a> {
+    /// For the training that `job` is.
+    pub fn of_training(job: &'a str, name: &'a str, uid: u32) -> Self {
+        Self { training: Some(job), name, uid, expires_usec: 0 }
+    }
+}
+
 /// Who owns a slot.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Holder {
@@ -114,15 +134,8 @@ fn holder(transaction: &Transaction, base: &str, partition: &Partition) -> rusql
 
 impl Catalogue {
     /// Reserves `slot`, or the lowest free one, of `partition` (whose own slot is not looked at) on the model `base`.
-    pub fn lease(
-        &self,
-        base: &str,
-        partition: &Partition,
-        slot: Option<u32>,
-        name: &str,
-        uid: u32,
-        expires_usec: u64,
-    ) -> Result<Lease> {
+    pub fn lease(&self, base: &str, partition: &Partition, slot: Option<u32>, claim: &Claim) -> Result<Lease> {
+        let Claim { training, name, uid, expires_usec } = *claim;
         let partition = canonical(partition);
         let outcome = self.with(|c| {
             let transaction = c.transaction()?;
@@ -142,7 +155,7 @@ impl Catalogue {
                 [],
                 |row| row.get(0),
             )?;
-            let id = format!("lease{number}");
+            let id = training.map_or_else(|| format!("lease{number}"), str::to_owned);
             transaction.execute(
                 "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 params![
@@ -186,6 +199,13 @@ impl Catalogue {
         self.with(|c| c.execute("DELETE FROM leases WHERE id = ?", [id]).map(drop))
     }
 
+    /// Gives back the leases of trainings other than `jobs`; how many there were.
+    pub fn release_trainings_but(&self, jobs: &[String]) -> Result<usize> {
+        let jobs = serde_json::to_string(jobs).map_err(|e| Error::failed(e.to_string()))?;
+        let sql = "DELETE FROM leases WHERE id NOT LIKE 'lease%' AND id NOT IN (SELECT value FROM json_each(?))";
+        self.with(|c| c.execute(sql, [jobs]))
+    }
+
     /// A page of the owned slots, by model, division and slot; of one slot leases first, then adapters.
     pub fn slots(&self, filter: &SlotFilter, offset: u32, limit: u32) -> Result<Vec<SlotEntry>> {
         let sql = "SELECT * FROM ( \
@@ -225,7 +245,8 @@ mod tests {
     fn a_slot_is_leased_once() {
         let folder = tempfile::tempdir().unwrap();
         let catalogue = Catalogue::open(folder.path()).unwrap();
-        let lease = |slot| catalogue.lease("base", &PARTITION, slot, "milo", 7, 0);
+        let claim = Claim { training: None, name: "milo", uid: 7, expires_usec: 0 };
+        let lease = |slot| catalogue.lease("base", &PARTITION, slot, &claim);
         assert_eq!(lease(Some(1)).unwrap().partition.slot, 1);
         assert_eq!(lease(None).unwrap().partition.slot, 0);
         let error = lease(Some(1)).unwrap_err();
@@ -235,7 +256,7 @@ mod tests {
         assert_eq!(last.partition.slot, 2);
         assert!(lease(None).unwrap_err().message.contains("all 3 slots"));
         // Another model's rows are others.
-        assert_eq!(catalogue.lease("other", &PARTITION, None, "", 7, 0).unwrap().partition.slot, 0);
+        assert_eq!(catalogue.lease("other", &PARTITION, None, &claim).unwrap().partition.slot, 0);
         catalogue.release(&last.id).unwrap();
         assert_eq!(lease(None).unwrap().partition.slot, 2);
         let all = catalogue.slots(&SlotFilter::default(), 0, 100).unwrap();
@@ -256,8 +277,24 @@ mod tests {
     fn a_lease_expires() {
         let folder = tempfile::tempdir().unwrap();
         let catalogue = Catalogue::open(folder.path()).unwrap();
-        let past = catalogue.lease("base", &PARTITION, Some(0), "", 1, 1).unwrap();
+        let claim = Claim { training: None, name: "", uid: 1, expires_usec: 1 };
+        let past = catalogue.lease("base", &PARTITION, Some(0), &claim).unwrap();
         assert!(catalogue.find_lease(&past.id).unwrap_err().message.contains("expired"));
-        assert_eq!(catalogue.lease("base", &PARTITION, Some(0), "", 1, 0).unwrap().partition.slot, 0);
+        let claim = Claim { expires_usec: 0, ..claim };
+        assert_eq!(catalogue.lease("base", &PARTITION, Some(0), &claim).unwrap().partition.slot, 0);
+    }
+
+    #[test]
+    fn leases_of_trainings_that_are_no_more_are_given_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        let claims = [None, Some("1j1"), Some("1j2")];
+        for training in claims {
+            let claim = Claim { training, name: "rex", uid: 1, expires_usec: 0 };
+            catalogue.lease("base", &PARTITION, None, &claim).unwrap();
+        }
+        assert_eq!(catalogue.release_trainings_but(&["1j2".to_owned()]).unwrap(), 1);
+        assert!(catalogue.find_lease("1j1").is_err());
+        assert!(catalogue.find_lease("1j2").is_ok() && catalogue.find_lease("lease1").is_ok());
     }
 }

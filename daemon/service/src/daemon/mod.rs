@@ -1,6 +1,7 @@
 //! What the daemon's parts share: configuration, catalogue, queue, objects, and who hears of their changes.
 
 mod loose;
+mod trainings;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -19,10 +20,11 @@ use crate::dbus::signals::Hub;
 use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::{Limits, Queue};
-use crate::jobs::work::{Train, Work};
+use crate::jobs::work::Work;
 use crate::jobs::{Job, Lifetime, ResultFile, Stop, Ticket, now_usec};
 use crate::methods::Methods;
 use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
+pub use trainings::ADAPTER;
 
 /// What all parts share.
 pub struct Daemon {
@@ -264,23 +266,21 @@ impl Daemon {
             return Err(Error::option("option \"token\": it is in use"));
         }
         let spec = match &work {
-            Work::Train(train) if ticket.lifetime == Lifetime::Daemon => {
-                Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?)
-            }
+            Work::Train(train) => Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?),
             _ => None,
         };
         let job = Arc::new(Job::new(id, path.clone(), ticket, work));
-        let jobs = &self.config().jobs;
         if spec.is_some() {
             let entry = JobEntry { spec, ..JobEntry::of(&job) };
-            self.catalogue.put_jobs(&[entry], jobs.history_max)?;
+            self.catalogue.put_jobs(&[entry], self.config().jobs.history_max)?;
         }
         // Known before it can run, so that no signal of it is lost.
         self.add_object(&path, Object::Job(job.clone()));
+        let jobs = &self.config().jobs;
         let limits = Limits { all: jobs.queue_limit, per_client: jobs.queue_limit_per_client };
         if let Err(error) = self.queue.push(job.clone(), limits) {
             self.remove_object(&path);
-            if job.kind == "train" && job.lifetime == Lifetime::Daemon {
+            if job.kind == "train" {
                 self.catalogue.forget_job(&job.id)?;
             }
             return Err(error);
@@ -289,9 +289,10 @@ impl Daemon {
         Ok(job)
     }
 
-    /// A job has ended: its last signals go out and those who wait for it go on.
+    /// A job has ended, whether it ran or not: its last signals go out and those who wait for it go on.
     pub fn finish(&self, job: &Arc<Job>, outcome: Result<Dict>, results: Vec<ResultFile>) {
         if job.finish(outcome, results) {
+            self.end_training(job);
             // The receiver lives as long as the daemon.
             let _ = self.finished.send(job.clone());
         }
@@ -308,24 +309,7 @@ impl Daemon {
 
     /// A job that was taken out of the queue ends without having run.
     pub fn drop_waiting(&self, job: &Arc<Job>) {
-        let goes_on = job.stop_requested() == Some(Stop::Shutdown) && job.lifetime == Lifetime::Daemon;
-        if let Some(Work::Train(work)) = &*lock(&job.work)
-            && !goes_on
-        {
-            self.forget_training(job, work);
-        }
         self.finish(job, Err(job.stop_error()), Vec::new());
-    }
-
-    /// What a training leaves when it is over: nothing but the adapter.
-    pub fn forget_training(&self, job: &Job, work: &Train) {
-        let released = work.lease.as_ref().map_or(Ok(()), |lease| self.catalogue.release(lease));
-        if let Err(error) = released.and_then(|()| self.catalogue.forget_job(&job.id)) {
-            tracing::warn!("job {}: {error}", job.id);
-        }
-        if let Err(error) = std::fs::remove_dir_all(&work.folder) {
-            tracing::warn!("{}: {error}", work.folder.display());
-        }
     }
 
     /// Notes that the worker runs `job` now, or no longer.

@@ -6,10 +6,11 @@ use super::call::{Answer, Call, no_options};
 use super::interfaces::Method;
 use super::manager::default_model;
 use super::value::{Dict, Options};
+use crate::catalogue::leases::Claim;
 use crate::catalogue::scheme_from_name;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
-use crate::jobs::now_usec;
+use crate::jobs::{Job, now_usec};
 
 /// The partition where a training names none: the paper's blocks, for up to 16 concepts.
 pub const PARTITION: Partition = Partition { scheme: Scheme::Contiguous, capacity: 16, seed: 0, slot: 0 };
@@ -69,7 +70,8 @@ pub async fn lease(call: &Call, method: &Method) -> Answer {
     let lease = call
         .blocking(move |daemon| {
             let base = base_digest(daemon, &model)?;
-            daemon.catalogue.lease(&base, &partition, slot, &name, uid, expires)
+            let claim = Claim { training: None, name: &name, uid, expires_usec: expires };
+            daemon.catalogue.lease(&base, &partition, slot, &claim)
         })
         .await?;
     call.reply(method, &(lease.id, lease.partition.slot))
@@ -92,6 +94,11 @@ pub async fn release(call: &Call, method: &Method) -> Answer {
     let wanted = id.clone();
     let lease = call.blocking(move |daemon| daemon.catalogue.find_lease(&wanted)).await?;
     call.authorize_owner(lease.uid).await?;
+    let has_it = |job: &Job| job.held.as_ref().is_some_and(|held| held.lease.as_ref() == Some(&id));
+    if let Some(job) = call.daemon.jobs().iter().find(|job| has_it(job) && !job.status(|s| s.state.is_final())) {
+        let message = format!("the lease {id} is the training's that job {} is: cancel the job instead", job.id);
+        return Err(Error::option(message).into());
+    }
     call.blocking(move |daemon| daemon.catalogue.release(&id)).await?;
     call.reply(method, &())
 }

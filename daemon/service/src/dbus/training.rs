@@ -14,10 +14,11 @@ use super::manager::default_model;
 use super::slots::{PARTITION, base_digest, check_slot, partition_of};
 use super::value::{Dict, Options};
 use crate::catalogue::adapters::kind_from_name;
+use crate::catalogue::leases::Claim;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::work::{Train, Work};
-use crate::jobs::{Job, Lifetime, Owner, Priority, Ticket};
+use crate::jobs::{Job, Lifetime, Priority};
 use crate::memfd::read_client_file;
 
 /// Pictures of one training.
@@ -58,6 +59,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     };
     let seed = options.u64("seed")?.unwrap_or(0);
     let (licence, created) = (options.string("licence")?, options.string("created")?);
+    let resume = options.boolean("resume")?.unwrap_or(false);
     options.finish()?;
     if lengths.is_some() && data.len() != 1 {
         let reason = format!("option \"lengths\": data has {} files, not the one that holds all pictures", data.len());
@@ -82,10 +84,10 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
             let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
             daemon.methods.trainer(&plugin, &config, tried)?.plan(&concept)?;
             let id = daemon.new_id();
-            let folder = daemon.catalogue.folder().join("jobs").join(&id);
+            let folder = daemon.training_folder(&id);
             let pictures = store_pictures(daemon, &folder, &data, lengths.as_deref(), &captions);
             let work = pictures.and_then(|pictures| {
-                let (partition, lease) = take_rows(daemon, rows, &model, &name, uid)?;
+                let (partition, lease) = take_rows(daemon, rows, &model, &Claim::of_training(&id, &name, uid))?;
                 Ok(Train {
                     model,
                     trainer: plugin,
@@ -101,16 +103,15 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
                     licence,
                     created,
                     folder: folder.clone(),
+                    ends_with_client: ticket.lifetime == Lifetime::Connection,
+                    resume,
                 })
             });
-            let lease = work.as_ref().ok().and_then(|work| work.lease.clone());
-            let job = work.and_then(|work| daemon.submit_as(id, &ticket, Work::Train(Box::new(work))));
+            let job = work.and_then(|work| daemon.submit_as(id.clone(), &ticket, Work::Train(Box::new(work))));
             if job.is_err() {
                 // What could not be queued leaves nothing behind; the first error is the one to report.
                 let _ = std::fs::remove_dir_all(&folder);
-                if let Some(lease) = lease {
-                    let _ = daemon.catalogue.release(&lease);
-                }
+                let _ = daemon.catalogue.release(&id);
             }
             job
         })
@@ -142,18 +143,12 @@ fn rows_of(plugin: &str, in_slots: bool, options: &mut Options) -> Result<Rows> 
 }
 
 /// Leases the rows for a training; none: all rows.
-fn take_rows(
-    daemon: &Daemon,
-    rows: Rows,
-    model: &str,
-    name: &str,
-    uid: u32,
-) -> Result<(Option<Partition>, Option<String>)> {
+fn take_rows(daemon: &Daemon, rows: Rows, model: &str, claim: &Claim) -> Result<(Option<Partition>, Option<String>)> {
     match rows {
         Rows::All => Ok((None, None)),
         Rows::Lease(id) => {
             let lease = daemon.catalogue.find_lease(&id)?;
-            if lease.uid != uid && uid != 0 && uid != daemon.uid {
+            if lease.uid != claim.uid && claim.uid != 0 && claim.uid != daemon.uid {
                 return Err(Error::new(Kind::NotAuthorized, format!("the lease {id} belongs to user {}", lease.uid)));
             }
             let base = base_digest(daemon, model)?;
@@ -164,7 +159,7 @@ fn take_rows(
         }
         Rows::Slot(partition, slot) => {
             let base = base_digest(daemon, model)?;
-            let lease = daemon.catalogue.lease(&base, &partition, slot, name, uid, 0)?;
+            let lease = daemon.catalogue.lease(&base, &partition, slot, claim)?;
             Ok((Some(Partition { seed: partition.seed, ..lease.partition }), Some(lease.id)))
         }
     }
@@ -229,20 +224,6 @@ fn parts<'a>(bytes: &'a [u8], lengths: &[u64]) -> Result<Vec<&'a [u8]>> {
         part
     };
     Ok(lengths.iter().map(cut).collect())
-}
-
-impl Daemon {
-    /// Queues a training that an earlier daemon left unfinished.
-    pub fn resume_training(self: &Arc<Self>, id: String, uid: u32, priority: &str, work: Train) -> Result<Arc<Job>> {
-        let ticket = Ticket {
-            owner: Owner { client: String::new(), uid },
-            priority: Priority::from_name(priority)?,
-            lifetime: Lifetime::Daemon,
-            token: None,
-            timeout: None,
-        };
-        self.submit_as(id, &ticket, Work::Train(Box::new(work)))
-    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::dbus::value::{Dict, clone_dict};
 use crate::error::{Error, Kind, Result};
 use previews::Previews;
-use work::Work;
+use work::{Held, Work};
 
 /// Microseconds since 1970.
 pub fn now_usec() -> u64 {
@@ -207,6 +207,8 @@ pub struct Job {
     pub deadline: Option<Instant>,
     /// What the worker needs; taken when it starts.
     pub work: Mutex<Option<Work>>,
+    /// What a training holds until it is over, however it ends.
+    pub held: Option<Held>,
     /// Where previews go.
     pub previews: Previews,
     status: Mutex<Status>,
@@ -235,6 +237,7 @@ impl Job {
             created_usec: now_usec(),
             created: Instant::now(),
             deadline: ticket.timeout.and_then(|span| Instant::now().checked_add(span)),
+            held: work.held(),
             work: Mutex::new(Some(work)),
             previews: Previews::default(),
             status: Mutex::new(Status {
@@ -352,6 +355,14 @@ impl Job {
             Some(Stop::Shutdown) => Error::new(Kind::ShuttingDown, "the daemon stopped before the job had finished"),
             _ => Error::cancelled(),
         }
+    }
+
+    /// Whether the next daemon goes on with it: a training that this daemon's end interrupts.
+    pub fn goes_on(&self) -> bool {
+        self.kind == "train"
+            && self.lifetime == Lifetime::Daemon
+            && self.stop_requested() == Some(Stop::Shutdown)
+            && self.status(|s| s.state != State::Done)
     }
 
     /// It has ended. Only the first end counts; whether this was it.

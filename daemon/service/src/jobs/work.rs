@@ -96,6 +96,21 @@ pub struct Train {
     pub created: Option<String>,
     /// The job's folder.
     pub folder: PathBuf,
+    /// It ends with its client's connection: the next daemon keeps its checkpoint, but does not go on with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ends_with_client: bool,
+    /// It is to go on from a checkpoint, and fails where there is none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resume: bool,
+}
+
+/// What a training holds until it is over.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// The lease on its rows.
+    pub lease: Option<String>,
+    /// Its folder.
+    pub folder: PathBuf,
 }
 
 mod storage {
@@ -190,6 +205,14 @@ impl Work {
             Self::ValidateLibrary => "library".to_owned(),
             Self::ValidatePlugin { id, .. } => id.clone(),
             Self::Empty => String::new(),
+        }
+    }
+
+    /// What it holds until it is over.
+    pub fn held(&self) -> Option<Held> {
+        match self {
+            Self::Train(work) => Some(Held { lease: work.lease.clone(), folder: work.folder.clone() }),
+            _ => None,
         }
     }
 

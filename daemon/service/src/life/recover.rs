@@ -10,43 +10,34 @@ use crate::jobs::work::Train;
 
 /// Takes in interrupted imports, goes on with interrupted trainings, and notes the end of other jobs.
 pub fn recover(daemon: &Arc<Daemon>) -> Result<()> {
+    let tmp = daemon.catalogue.folder().join("tmp");
+    if tmp.is_dir() {
+        std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(tmp.display(), &e))?;
+    }
     let recovered = daemon.catalogue.recover()?;
     for line in recovered.done {
         tracing::warn!("{line}");
     }
     adopt(daemon.clone(), recovered.strays)?;
-    let history_max = daemon.config().jobs.history_max;
-    let tmp = daemon.catalogue.folder().join("tmp");
-    if tmp.is_dir() {
-        std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(tmp.display(), &e))?;
+    for entry in daemon.catalogue.unfinished_jobs()? {
+        take_up(daemon, entry)?;
     }
-    let unfinished = daemon.catalogue.unfinished_jobs()?;
-    for entry in &unfinished {
-        if let Err(error) = go_on(daemon, entry) {
-            tracing::warn!("job {}: {error}", entry.id);
-            let ended = JobEntry {
-                state: "failed".to_owned(),
-                finished_usec: now_usec(),
-                error: error.name(),
-                message: error.message,
-                spec: None,
-                ..entry.clone()
-            };
-            daemon.catalogue.put_jobs(&[ended], history_max)?;
-        }
-    }
+    let alive: Vec<String> = daemon.jobs().iter().map(|job| job.id.clone()).collect();
     // Folders of jobs that nobody knows any more.
     let jobs = daemon.catalogue.folder().join("jobs");
     for item in std::fs::read_dir(&jobs).into_iter().flatten().flatten() {
         let name = item.file_name();
-        let known = daemon.jobs().iter().any(|job| job.id.as_str() == name);
-        if !known {
+        if !alive.iter().any(|id| id.as_str() == name) {
             let path = item.path();
             std::fs::remove_dir_all(&path).map_err(|e| Error::io(path.display(), &e))?;
             tracing::info!("{}: a job that ended, removed", path.display());
         }
     }
-    Ok(())
+    let leases = daemon.catalogue.release_trainings_but(&alive)?;
+    if leases > 0 {
+        tracing::warn!("{leases} slots were leased for trainings that are no more, given back");
+    }
+    daemon.drop_old_checkpoints()
 }
 
 /// Takes in files of adapters that have no entry, beside the daemon's start: each is read and checked.
@@ -66,11 +57,39 @@ fn adopt(daemon: Arc<Daemon>, strays: Vec<String>) -> Result<()> {
     thread.map(drop).map_err(|e| Error::io("cannot start a thread", &e))
 }
 
-fn go_on(daemon: &Arc<Daemon>, entry: &JobEntry) -> Result<()> {
+/// Goes on with a job that the last daemon left, or notes its end: what a training held is given back, and what it had
+/// done is kept for when it is asked for again.
+fn take_up(daemon: &Arc<Daemon>, entry: JobEntry) -> Result<()> {
+    let folder = daemon.training_folder(&entry.id);
+    let work = work_of(&entry).map(|work| Train { folder: folder.clone(), ..work });
+    let lease = work.as_ref().ok().and_then(|work| work.lease.clone());
+    let Err(error) = work.and_then(|work| go_on(daemon, &entry, work)) else { return Ok(()) };
+    tracing::warn!("job {}: {error}", entry.id);
+    daemon.keep_checkpoint(&folder)?;
+    let ended = JobEntry {
+        state: "failed".to_owned(),
+        finished_usec: now_usec(),
+        error: error.name(),
+        message: error.message,
+        spec: None,
+        ..entry
+    };
+    daemon.note_end(ended, lease.as_deref())
+}
+
+/// What the training is about; an error for a job of another kind.
+fn work_of(entry: &JobEntry) -> Result<Train> {
     let ended = || Error::new(Kind::ShuttingDown, "the daemon ended before the job had finished");
     let spec = entry.spec.as_deref().filter(|_| entry.kind == "train").ok_or_else(ended)?;
-    let work: Train =
-        serde_json::from_str(spec).map_err(|e| Error::failed(format!("what it needs is damaged: {e}")))?;
+    serde_json::from_str(spec).map_err(|e| Error::failed(format!("what it needs is damaged: {e}")))
+}
+
+fn go_on(daemon: &Arc<Daemon>, entry: &JobEntry, work: Train) -> Result<()> {
+    if work.ends_with_client {
+        let message =
+            "the daemon ended before the job had finished: the same training goes on from its last checkpoint";
+        return Err(Error::new(Kind::ShuttingDown, message));
+    }
     if !work.folder.is_dir() {
         return Err(Error::failed(format!("{}: its folder is missing", work.folder.display())));
     }

@@ -19,7 +19,7 @@ use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Result};
 use crate::jobs::queue::{Control, Next};
 use crate::jobs::work::{Set, Work};
-use crate::jobs::{Job, Lifetime, ResultFile, Stop};
+use crate::jobs::{Job, ResultFile};
 use crate::memfd;
 use crate::plugins::artefacts::Artefacts;
 use resident::Residents;
@@ -67,12 +67,12 @@ impl Worker {
     /// Runs a job to its end.
     fn run(&mut self, job: &Arc<Job>) {
         if job.stop_requested().is_some() {
-            return self.daemon.finish(job, Err(job.stop_error()), Vec::new());
+            return self.daemon.drop_waiting(job);
         }
-        job.start();
-        self.daemon.set_running(job, true);
         let taken = job.work.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let Some(work) = taken else { return };
+        job.start();
+        self.daemon.set_running(job, true);
         let artefacts = Arc::new(match &work {
             // A training goes on after its process.
             Work::Train(train) => Artefacts::in_folder(train.folder.join("artefacts")),
@@ -214,18 +214,12 @@ fn result_file(format: &'static str, name: &str, bytes: &[u8], mut info: Dict) -
 
 /// Tells what came of a job.
 fn settle(daemon: &Arc<Daemon>, job: &Arc<Job>, outcome: Outcome) {
-    daemon.set_running(job, false);
     match outcome {
         Ok((details, files)) => daemon.finish(job, Ok(details), files),
         Err(error) => daemon.finish(job, Err(error), Vec::new()),
     }
-    if job.kind == "train" && !survives(job) {
-        // At once, so that the next daemon does not train again what is done.
-        let entry = crate::catalogue::jobs::JobEntry::of(job);
-        if let Err(error) = daemon.catalogue.put_jobs(&[entry], daemon.config().jobs.history_max) {
-            tracing::error!("job {}: {error}", job.id);
-        }
-    }
+    // Until its end is known a daemon that stops waits for it.
+    daemon.set_running(job, false);
 }
 
 /// Microseconds that a merge took.
@@ -236,9 +230,4 @@ fn usec_of(report: &MergeReport) -> u64 {
 /// Microseconds since `start`.
 fn usec_since(start: Instant) -> u64 {
     u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
-}
-
-/// Whether a training goes on in the next daemon.
-fn survives(job: &Job) -> bool {
-    job.stop_requested() == Some(Stop::Shutdown) && job.lifetime == Lifetime::Daemon
 }

@@ -8,22 +8,22 @@ use std::time::Instant;
 use blocklora_engine::Error as EngineError;
 use blocklora_engine::train::{Concept, Dataset, Progress, Stage, TrainRequest, train};
 use blocklora_spec::Adapter;
-use sha2::{Digest, Sha256};
 
-use super::{Outcome, Restore, Worker, survives, usec_since};
+use super::{Outcome, Restore, Worker, usec_since};
+use crate::daemon::ADAPTER;
 use crate::dbus::library::show;
 use crate::dbus::value::{dict, own};
 use crate::error::{Error, Result};
 use crate::jobs::work::{Set, Train};
-use crate::jobs::{Job, ResultFile, Stop};
+use crate::jobs::{Job, ResultFile};
 use crate::objects::object_path;
 
 impl Worker {
     /// Trains, registers the adapter and gives its file.
     pub(super) fn train(&mut self, job: &Arc<Job>, work: &Train) -> Outcome {
         let start = Instant::now();
-        let output = work.folder.join("adapter.safetensors");
-        let result = self.train_to(job, work, &output).and_then(|(trained, resumed_at)| {
+        let output = work.folder.join(ADAPTER);
+        self.train_to(job, work, &output).and_then(|(trained, resumed_at)| {
             job.set_stage("writing");
             let bytes = std::fs::read(&output).map_err(|e| Error::io(output.display(), &e))?;
             let entry = self.daemon.catalogue.import_bytes(bytes, &work.name)?;
@@ -49,11 +49,7 @@ impl Worker {
                 ("size", own(entry.size)),
             ]);
             Ok((details, vec![ResultFile { fd: fd.into(), size: 0, format: "", info }]))
-        });
-        if !survives(job) {
-            self.daemon.forget_training(job, work);
-        }
-        result
+        })
     }
 
     /// Trains until the file is there; the number of trained values, and the step that it continued from.
@@ -85,11 +81,7 @@ impl Worker {
             created: work.created.clone(),
             sampler,
         };
-        let kept = self.kept_checkpoint(work, &dataset)?;
-        let checkpoint = request.checkpoint_path();
-        if kept.is_file() && !checkpoint.is_file() {
-            std::fs::rename(&kept, &checkpoint).map_err(|e| Error::io(kept.display(), &e))?;
-        }
+        self.daemon.take_checkpoint(work, dataset.digest())?;
         let pristine = Set::default();
         let (model, _) = self.residents.model(&work.model, &pristine)?;
         self.residents.take_out(&work.model)?;
@@ -108,8 +100,13 @@ impl Worker {
             })
         };
         let report = train(&model, &dataset, trainer.as_ref(), &request, &mut progress);
-        if job.stop_requested() == Some(Stop::Checkpoint) && checkpoint.is_file() {
-            std::fs::rename(&checkpoint, &kept).map_err(|e| Error::io(kept.display(), &e))?;
+        let checkpoint = request.checkpoint_path();
+        if let Err(EngineError::InvalidFile { path, .. }) = &report
+            && resumed_at.is_none()
+            && *path == checkpoint
+        {
+            // One that nothing can go on from is not kept: the same training begins anew.
+            std::fs::remove_file(&checkpoint).map_err(|e| Error::io(checkpoint.display(), &e))?;
         }
         match (report, failure) {
             // The engine could not write: that is what went wrong, not that it was asked to stop.
@@ -118,18 +115,5 @@ impl Worker {
             (Err(error), None) => Err(error.into()),
             (Ok(report), None) => Ok((report.parameters as u64, resumed_at.unwrap_or(0))),
         }
-    }
-
-    /// Where a training that was cancelled with a checkpoint keeps it: by everything that decides its result.
-    fn kept_checkpoint(&self, work: &Train, dataset: &Dataset) -> Result<PathBuf> {
-        let plain = Train { folder: PathBuf::new(), lease: None, ..work.clone() };
-        let text = serde_json::to_string(&plain).map_err(|e| Error::failed(e.to_string()))?;
-        let mut hash = Sha256::new();
-        hash.update(dataset.digest());
-        hash.update(text);
-        let key: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        let folder = self.daemon.catalogue.folder().join("checkpoints");
-        std::fs::create_dir_all(&folder).map_err(|e| Error::io(folder.display(), &e))?;
-        Ok(folder.join(format!("{key}.checkpoint")))
     }
 }
