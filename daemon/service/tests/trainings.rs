@@ -130,6 +130,25 @@ async fn a_training_that_cannot_go_on_gives_its_slot_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn accepted_trainings_outlive_the_limits_of_the_queue() {
+    let mut daemon = Daemon::start_with(None, "[jobs]\nqueue_limit = 2\nqueue_limit_per_client = 1\n", &[]);
+    let clients = [daemon.client().await, daemon.client().await, daemon.client().await];
+    let first = train(&clients[0], "a", 100_000, Dict::new()).await.unwrap();
+    until("the start", || async { step_of(&clients[0], &first).await.0 >= 1 }).await;
+    train(&clients[1], "b", 100_000, Dict::new()).await.unwrap();
+    train(&clients[2], "c", 100_000, Dict::new()).await.unwrap();
+    for _ in 0..2 {
+        daemon.kill();
+        daemon.restart();
+        let client = daemon.client().await;
+        let mut names: Vec<String> = active(&client).await.iter().map(|job| text(job, "description")).collect();
+        names.sort();
+        assert_eq!(names, ["a", "b", "c"], "{}", daemon.log());
+        assert_eq!(slots(&client).await.len(), 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_training_whose_adapter_cannot_be_added_keeps_its_checkpoint() {
     let mut daemon = Daemon::start();
     let client = daemon.client().await;

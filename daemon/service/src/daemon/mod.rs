@@ -253,11 +253,17 @@ impl Daemon {
     /// Queues work for `ticket`. A training is written into the catalogue before this returns.
     pub fn submit(&self, ticket: &Ticket, work: Work) -> Result<Arc<Job>> {
         let id = self.new_id();
-        self.submit_as(id, ticket, work)
+        self.submit_as(id, ticket, work, self.queue_limits())
+    }
+
+    /// How many jobs may wait.
+    pub fn queue_limits(&self) -> Limits {
+        let jobs = &self.config().jobs;
+        Limits { all: jobs.queue_limit, per_client: jobs.queue_limit_per_client }
     }
 
     /// As [`Self::submit`], for a job that has its id already.
-    pub fn submit_as(&self, id: String, ticket: &Ticket, work: Work) -> Result<Arc<Job>> {
+    pub fn submit_as(&self, id: String, ticket: &Ticket, work: Work, limits: Limits) -> Result<Arc<Job>> {
         let path = match &ticket.token {
             Some(token) => format!("{ROOT}/job/{}_{token}", escape(&ticket.owner.client)),
             None => path_of("job", &id),
@@ -276,8 +282,6 @@ impl Daemon {
         }
         // Known before it can run, so that no signal of it is lost.
         self.add_object(&path, Object::Job(job.clone()));
-        let jobs = &self.config().jobs;
-        let limits = Limits { all: jobs.queue_limit, per_client: jobs.queue_limit_per_client };
         if let Err(error) = self.queue.push(job.clone(), limits) {
             self.remove_object(&path);
             if job.kind == "train" {

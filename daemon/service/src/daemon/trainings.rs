@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::Daemon;
 use crate::catalogue::jobs::JobEntry;
 use crate::error::{Error, Result};
+use crate::jobs::queue::Limits;
 use crate::jobs::work::{Train, Work};
 use crate::jobs::{Job, Lifetime, Owner, Priority, State, Stop, Ticket};
 
@@ -40,7 +41,7 @@ impl Daemon {
             token: None,
             timeout: None,
         };
-        self.submit_as(id, &ticket, Work::Train(Box::new(work)))
+        self.submit_as(id, &ticket, Work::Train(Box::new(work)), Limits::NONE)
     }
 
     /// Before a training's first step: takes the checkpoint that is kept of one like it, and notes in its folder under

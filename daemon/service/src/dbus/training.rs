@@ -107,7 +107,8 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
                     resume,
                 })
             });
-            let job = work.and_then(|work| daemon.submit_as(id.clone(), &ticket, Work::Train(Box::new(work))));
+            let limits = daemon.queue_limits();
+            let job = work.and_then(|work| daemon.submit_as(id.clone(), &ticket, Work::Train(Box::new(work)), limits));
             if job.is_err() {
                 // What could not be queued leaves nothing behind; the first error is the one to report.
                 let _ = std::fs::remove_dir_all(&folder);

@@ -58,6 +58,11 @@ pub struct Limits {
     pub per_client: usize,
 }
 
+impl Limits {
+    /// For what was accepted before: a promise is kept, however many wait.
+    pub const NONE: Self = Self { all: usize::MAX, per_client: usize::MAX };
+}
+
 #[derive(Default)]
 struct Inner {
     /// In the order of arrival.
