@@ -16,7 +16,7 @@ pub use adapter::{Adapter, LayerFactors, TokenVectors};
 pub use builder::{AdapterBuilder, Layer, write, write_atomically};
 pub use dtype::Storage;
 pub use error::{Error, Result};
-pub use manifest::{Algorithm, Base, Delta, Kind, Manifest, NAME_RULE, Token, Training, is_name};
+pub use manifest::{Algorithm, Base, Delta, Fault, Kind, Manifest, NAME_RULE, Token, Training, is_name};
 pub use partition::{Partition, Scheme};
 
 /// The one version of the format that this crate reads and writes.

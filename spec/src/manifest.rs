@@ -126,10 +126,14 @@ fn nullable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> 
     Option::deserialize(deserializer)
 }
 
-/// A field and what is wrong with it.
-pub(crate) struct Fault {
-    pub(crate) field: String,
-    pub(crate) reason: String,
+/// A field of a manifest and what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct Fault {
+    /// Its path: `tokens[0].name`.
+    pub field: String,
+    /// What it must be.
+    pub reason: String,
 }
 
 fn ensure(ok: bool, field: impl Into<String>, reason: impl Into<String>) -> Result<(), Fault> {
@@ -202,7 +206,7 @@ impl Manifest {
     }
 
     /// Checks every field for itself; tensors are checked against it later.
-    pub(crate) fn validate(&self) -> Result<(), Fault> {
+    pub fn validate(&self) -> Result<(), Fault> {
         const HEX_RULE: &str = "must be a SHA-256 digest: 64 lower-case hexadecimal digits";
         ensure_name(&self.name, "name")?;
         ensure(is_text(&self.class_word, 64), "class_word", "must be 1 to 64 characters, none of them control")?;

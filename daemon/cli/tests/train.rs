@@ -162,6 +162,8 @@ fn class_words_and_captions_are_checked_before_training() {
     // A word of the method's own is not taken for the class.
     let rare = [&args("dog", "x")[..], &["--method", "dreambooth-lora"]].concat();
     fails(folder.path(), 1, &rare, &["rare_token = sks", "one token of this model's vocabulary"]);
+    fails(folder.path(), 1, &args("dog\t", "x"), &["class_word", "control"]);
+    fails(folder.path(), 1, &[&args("dog", "x")[..], &["--licence", ""]].concat(), &["licence", "1 to 256"]);
     std::fs::write(folder.path().join("photos/0.txt"), "on the beach").unwrap();
     fails(folder.path(), 1, &args("dog", "x"), &["photos/0", "{c}"]);
 }

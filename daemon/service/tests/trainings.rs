@@ -5,9 +5,11 @@
 
 mod common;
 
+use std::os::fd::AsFd;
 use std::path::Path;
 
-use common::{Client, Daemon, Dict, ROOT, dict, long, step_of, train, until};
+use common::{Client, Daemon, Dict, ROOT, dict, long, step_of, train, training, until};
+use zbus::OwnedObjectPath;
 
 /// The owned slots.
 async fn slots(client: &Client) -> Vec<Dict> {
@@ -146,6 +148,30 @@ async fn accepted_trainings_outlive_the_limits_of_the_queue() {
         assert_eq!(names, ["a", "b", "c"], "{}", daemon.log());
         assert_eq!(slots(&client).await.len(), 3);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_file_may_not_say_is_refused_before_the_training() {
+    let mut daemon = Daemon::start();
+    let client = daemon.client().await;
+    let wrong: [(&str, &str); 4] =
+        [("licence", ""), ("licence", "a\tb"), ("created", "yesterday"), ("class_word", "dog\t")];
+    for (key, value) in wrong {
+        let (config, files) = training(2);
+        let fds: Vec<zbus::Fd> = files.iter().map(|file| zbus::Fd::from(file.as_fd())).collect();
+        let mut options = dict([("name", "rex".into()), ("class_word", "dog".into())]);
+        options.extend(dict([(key, value.to_owned().into())]));
+        let body = ("blocklora", config, fds, options);
+        let error = client.call::<_, OwnedObjectPath>(ROOT, "Manager", "Train", &body).await.unwrap_err();
+        assert!(error.starts_with(&format!("InvalidOption: {key} = {value:?}: must be ")), "{error}");
+    }
+    let (mut config, files) = training(2);
+    config.extend(dict([("alpha", 0.0f64.into())]));
+    let fds: Vec<zbus::Fd> = files.iter().map(|file| zbus::Fd::from(file.as_fd())).collect();
+    let body = ("blocklora", config, fds, dict([("name", "rex".into()), ("class_word", "dog".into())]));
+    let error = client.call::<_, OwnedObjectPath>(ROOT, "Manager", "Train", &body).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: ") && error.contains("alpha"), "{error}");
+    is_over(&mut daemon).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,4 +16,4 @@ pub use host::{
     Concept, ErasureMasks, LayerFactors, Parameters, PictureRequest, Placement, Sample, TokenFactors, TrainHost,
     TrainPlan, TrainState, Trainer,
 };
-pub use run::{TrainReport, TrainRequest, train};
+pub use run::{TrainReport, TrainRequest, check, train};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use blocklora_spec::{
-    AdapterBuilder, Base, Layer, Manifest, NAME_RULE, Storage, Token, TokenVectors, Training, is_name,
+    AdapterBuilder, Base, Fault, Layer, Manifest, NAME_RULE, Storage, Token, TokenVectors, Training, is_name,
 };
 use sha2::{Digest, Sha256};
 
@@ -13,7 +13,7 @@ use super::checkpoint::Checkpoint;
 use super::dataset::Dataset;
 use super::engine_host::{EngineHost, PriorSampler, Progress};
 use super::host::{Concept, Parameters, TrainPlan, Trainer};
-use crate::error::{Error, Result};
+use crate::error::{Error, MethodFault, Result};
 use crate::merge::strategy::LayerInfo;
 use crate::model::Model;
 use crate::weights::hex;
@@ -70,8 +70,8 @@ pub fn train(
     request: &TrainRequest,
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<TrainReport> {
-    let plan = trainer.plan(&request.concept)?;
-    check_plan(&plan, &request.concept)?;
+    let base = Base { architecture: model.architecture(), digest: model.digest().to_owned() };
+    let plan = planned(trainer, request, base, dataset.digest())?;
     let started = Instant::now();
     let checkpoint = Checkpoint { path: request.checkpoint_path(), run: run_digest(model, dataset, trainer, request) };
     if !request.resume && checkpoint.path.exists() {
@@ -92,7 +92,42 @@ pub fn train(
     })
 }
 
-/// What the file will say must be right before anything is trained.
+/// Fails on everything that would be wrong with the adapter file and is known without model and pictures.
+pub fn check(trainer: &dyn Trainer, request: &TrainRequest) -> Result<()> {
+    let base = Base { architecture: "any".to_owned(), digest: UNKNOWN.to_owned() };
+    planned(trainer, request, base, UNKNOWN).map(drop)
+}
+
+/// A digest that is not known yet.
+const UNKNOWN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// The trainer's plan. What the file will say must be right before anything is trained.
+fn planned(trainer: &dyn Trainer, request: &TrainRequest, base: Base, data_digest: &str) -> Result<TrainPlan> {
+    let plan = trainer.plan(&request.concept)?;
+    check_plan(&plan, &request.concept)?;
+    // How many vectors a token has is known when it is trained.
+    let tokens = plan.tokens.iter().map(|name| Token { name: name.clone(), vectors: 1 }).collect();
+    let manifest = manifest(trainer, request, &plan, base, data_digest, tokens);
+    let manifest = Manifest { tensor_digest: UNKNOWN.to_owned(), ..manifest };
+    manifest.validate().map_err(|Fault { field, reason }| {
+        let said = match field.as_str() {
+            "class_word" => Some(&manifest.class_word),
+            "licence" => manifest.licence.as_ref(),
+            "created" => manifest.created.as_ref(),
+            _ => None,
+        };
+        match said {
+            Some(value) => Error::option(field, format!("{value:?}"), reason),
+            None => Error::Method {
+                method: trainer.algorithm().id.clone(),
+                reason: format!("{field}: {reason}"),
+                fault: MethodFault::Option,
+            },
+        }
+    })?;
+    Ok(plan)
+}
+
 fn check_plan(plan: &TrainPlan, concept: &Concept) -> Result<()> {
     let name = &concept.name;
     if !is_name(name) {
@@ -162,6 +197,35 @@ fn run_digest(model: &Model, dataset: &Dataset, trainer: &dyn Trainer, request: 
     hex(&hash.finalize())
 }
 
+/// What the file says. Its builder fills in what depends on tensors.
+fn manifest(
+    trainer: &dyn Trainer,
+    request: &TrainRequest,
+    plan: &TrainPlan,
+    base: Base,
+    data_digest: &str,
+    tokens: Vec<Token>,
+) -> Manifest {
+    Manifest {
+        name: request.concept.name.clone(),
+        kind: request.concept.kind,
+        class_word: request.concept.class_word.clone(),
+        tokens,
+        base,
+        algorithm: trainer.algorithm().clone(),
+        partition: plan.partition,
+        rank: plan.rank,
+        alpha: plan.alpha,
+        delta: plan.delta,
+        outputs: BTreeMap::new(),
+        erasure_lambda: plan.erasure_lambda,
+        training: Training { steps: plan.steps as u64, seed: request.seed, data_digest: data_digest.to_owned() },
+        licence: request.licence.clone(),
+        created: request.created.clone(),
+        tensor_digest: String::new(),
+    }
+}
+
 fn write(
     model: &Model,
     dataset: &Dataset,
@@ -172,24 +236,9 @@ fn write(
 ) -> Result<String> {
     check_parameters(model, trainer, plan, parameters)?;
     let layers = model.layers();
-    let manifest = Manifest {
-        name: request.concept.name.clone(),
-        kind: request.concept.kind,
-        class_word: request.concept.class_word.clone(),
-        tokens: parameters.tokens.iter().map(|t| Token { name: t.name.clone(), vectors: t.layers }).collect(),
-        base: Base { architecture: model.architecture(), digest: model.digest().to_owned() },
-        algorithm: trainer.algorithm().clone(),
-        partition: plan.partition,
-        rank: plan.rank,
-        alpha: plan.alpha,
-        delta: plan.delta,
-        outputs: BTreeMap::new(),
-        erasure_lambda: plan.erasure_lambda,
-        training: Training { steps: plan.steps as u64, seed: request.seed, data_digest: dataset.digest().to_owned() },
-        licence: request.licence.clone(),
-        created: request.created.clone(),
-        tensor_digest: String::new(),
-    };
+    let base = Base { architecture: model.architecture(), digest: model.digest().to_owned() };
+    let tokens = parameters.tokens.iter().map(|t| Token { name: t.name.clone(), vectors: t.layers }).collect();
+    let manifest = manifest(trainer, request, plan, base, dataset.digest(), tokens);
     let mut builder = AdapterBuilder::new(&manifest, request.storage);
     for f in &parameters.factors {
         let LayerInfo { name, rows, .. } = &layers[f.layer];

@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use blocklora_engine::train::Concept;
+use blocklora_engine::train::{Concept, TrainRequest, check};
 use blocklora_spec::{NAME_RULE, Partition, Storage, is_name};
 use zbus::OwnedFd;
 
@@ -82,7 +82,17 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
         .blocking(move |daemon| {
             // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
             let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
-            daemon.methods.trainer(&plugin, &config, tried)?.plan(&concept)?;
+            let request = TrainRequest {
+                concept,
+                seed,
+                output: PathBuf::new(),
+                resume,
+                storage,
+                licence: licence.clone(),
+                created: created.clone(),
+                sampler: None,
+            };
+            check(daemon.methods.trainer(&plugin, &config, tried)?.as_ref(), &request)?;
             let id = daemon.new_id();
             let folder = daemon.training_folder(&id);
             let pictures = store_pictures(daemon, &folder, &data, lengths.as_deref(), &captions);

@@ -149,7 +149,7 @@ pub struct ConceptSettings {
     #[schemars(range(min = 1, max = 1024))]
     pub rank: usize,
     /// Multiplies the branch: delta = alpha * B A.
-    #[schemars(range(min = 0.0, max = 1e4))]
+    #[schemars(range(min = 1e-6, max = 1e4))]
     pub alpha: f32,
     /// Learning rates.
     pub learning_rate: LearningRates,
@@ -223,7 +223,7 @@ impl ConceptSettings {
         positive("batch_size", self.batch_size, 1024)?;
         positive("rank", self.rank, 1024)?;
         positive("checkpoint_every", self.checkpoint_every, 10_000_000)?;
-        check_range("alpha", self.alpha, 0.0, 1e4)?;
+        check_range("alpha", self.alpha, 1e-6, 1e4)?;
         check_range("learning_rate.tokens", self.learning_rate.tokens, 0.0, 10.0)?;
         check_range("learning_rate.text_encoder", self.learning_rate.text_encoder, 0.0, 10.0)?;
         check_range("learning_rate.unet", self.learning_rate.unet, 0.0, 10.0)?;
