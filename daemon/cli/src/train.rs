@@ -30,7 +30,7 @@ use rows::Rows;
 /// concept.
 ///
 /// The result is one adapter file. The same pictures, settings and seed give the same file, byte for byte. Ctrl-C saves
-/// a checkpoint; the same command with --resume goes on from there.
+/// a checkpoint, and every so many steps one is saved; the same command with --resume goes on from there.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder with the pictures (PNG, JPEG or WebP)
@@ -62,7 +62,7 @@ pub struct Args {
     /// Decides every random number; concepts of one seed start apart, by their names
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Go on from the checkpoint of an interrupted run
+    /// Go on from the checkpoint of an interrupted run; an error where there is none
     #[arg(long)]
     resume: bool,
     /// The licence to state in the file, e.g. CC-BY-4.0
@@ -152,11 +152,13 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let pictures = pictures(&args.images)?;
     // All pictures and captions are read here once, so that what is wrong is said at once and by the file's name.
     Dataset::from_files(&pictures)?;
-    let (trained, rows, mut files) = daemon::run(teach(args, options, &settings, rows, &pictures))?;
+    let (trained, rows, mut files, private) = daemon::run(teach(args, options, &settings, rows, &pictures))?;
     let artefacts = output::artefacts(&args.output, &mut files)?;
     let Some(file) = files.pop() else { bail!("the daemon gave no adapter") };
     OutputFile::create(&args.output)?.write(&file.bytes)?;
-    checkpoint::remove(&args.output)?;
+    if private {
+        checkpoint::remove(&args.output)?;
+    }
     finish(args, &trained, &rows, &artefacts)
 }
 
@@ -182,27 +184,39 @@ async fn teach(
     settings: &settings::Settings,
     rows: Rows,
     pictures: &[(PathBuf, Option<String>)],
-) -> anyhow::Result<(Trained, Rows, Vec<ResultFile>)> {
+) -> anyhow::Result<(Trained, Rows, Vec<ResultFile>, bool)> {
     // A private daemon keeps its checkpoints where they were always kept: beside the output.
     let state = State::Folder(checkpoint::folder(&args.output)?);
     let asked = settings::fingerprint(args, settings, &rows, pictures)?;
-    let daemon = match daemon::running(options).await? {
-        Some(daemon) => daemon,
+    let (daemon, resume) = match daemon::running(options).await? {
+        Some(daemon) => {
+            checkpoint::fails_if_there(&args.output)?;
+            (daemon, args.resume)
+        }
         None => {
-            checkpoint::begin(&args.output, &asked, args.resume)?;
-            daemon::start(options, state).await?
+            let resume = checkpoint::begin(&args.output, &asked, args.resume)?;
+            if let Some(adapter) = checkpoint::finished(&args.output) {
+                let (trained, rows, file) = checkpoint::trained(&adapter, args.licence.as_deref())?;
+                return Ok((trained, rows, vec![file], true));
+            }
+            (daemon::start(options, state).await?, resume)
         }
     };
-    let result = teach_with(&daemon, args, settings, rows, pictures).await;
+    let result = teach_with(&daemon, args, settings, rows, pictures, resume).await;
     let private = daemon.is_private();
     daemon.close().await;
     match result {
+        Ok((trained, rows, files)) => Ok((trained, rows, files, private)),
         // Nothing is worth keeping of a training that did not come to a checkpoint.
         Err(error) if private && !checkpoint::is_there(&args.output) => {
             checkpoint::remove(&args.output)?;
             Err(error)
         }
-        result => result,
+        Err(error) if private && !error.is::<Interrupted>() => {
+            let shown = checkpoint::shown(&args.output);
+            Err(error.context(format!("{shown} is kept, and the same command with --resume goes on from there")))
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -212,6 +226,7 @@ async fn teach_with(
     settings: &settings::Settings,
     rows: Rows,
     pictures: &[(PathBuf, Option<String>)],
+    resume: bool,
 ) -> anyhow::Result<(Trained, Rows, Vec<ResultFile>)> {
     let model = choose_model(daemon, &args.model).await?;
     let rows = rows.decided(&args.output, daemon, &model.state.digest).await?;
@@ -222,6 +237,7 @@ async fn teach_with(
         seed: Some(args.seed),
         storage: Some(args.storage.name().into()),
         licence: args.licence.clone(),
+        resume: resume.then_some(true),
         ..Train::new(&args.name, &args.class)
     };
     rows.apply(&mut request);

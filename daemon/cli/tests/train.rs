@@ -79,9 +79,11 @@ fn a_run_interrupted_or_killed_and_resumed_gives_the_same_bytes() {
     run_in(path, &train("again.st", &["--slot", "0", "--threads", "1"]));
     assert!(whole == std::fs::read(path.join("again.st")).unwrap(), "the same run gave another file");
 
-    for (signal, name) in [("-INT", "interrupted.st"), ("-KILL", "killed.st")] {
+    for (signal, name) in [("-INT", "interrupted.st"), ("-KILL", "killed.st"), ("-KILL", "alone.st")] {
         let child = start(path, name);
-        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        // The last one is left alone by its daemon.
+        let target = if name == "alone.st" { daemon_of(child.id()) } else { child.id() };
+        assert!(Command::new("kill").args([signal, &target.to_string()]).status().unwrap().success());
         let ended = child.wait_with_output().unwrap();
         // The daemon of a killed run notices a moment later, and then leaves its last checkpoint.
         std::fs::File::open(path.join(format!("{name}.checkpoint"))).unwrap().lock().unwrap();
@@ -92,12 +94,68 @@ fn a_run_interrupted_or_killed_and_resumed_gives_the_same_bytes() {
             assert_eq!(ended.status.code(), Some(130), "{stderr}");
             assert!(stderr.contains("--resume") && stderr.contains("interrupted.st.checkpoint"), "{stderr}");
         }
+        if name == "alone.st" {
+            let stderr = String::from_utf8_lossy(&ended.stderr);
+            assert_eq!(ended.status.code(), Some(1), "{stderr}");
+            assert!(stderr.contains("alone.st.checkpoint is kept") && stderr.contains("--resume"), "{stderr}");
+        }
         fails(path, 1, &train(name, &["--slot", "0"]), &["checkpoint", "--resume"]);
         fails(path, 1, &train(name, &["--slot", "1", "--resume"]), &["checkpoint"]);
-        run_in(path, &train(name, &["--slot", "0", "--resume"]));
+        let said = run_in(path, &train(name, &["--slot", "0", "--resume", "--json"]));
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        assert!(said["resumed_at"].as_u64().unwrap() >= 2, "{said}");
         assert!(whole == std::fs::read(path.join(name)).unwrap(), "{name} differs from the run in one go");
         assert!(!path.join(format!("{name}.checkpoint")).exists());
     }
+}
+
+/// The private daemon of the command `parent`.
+fn daemon_of(parent: u32) -> u32 {
+    let output = Command::new("ps").args(["-o", "pid=", "--ppid", &parent.to_string()]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn resume_needs_a_checkpoint_of_the_daemon_that_is_used() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    fails(path, 1, &train("x.st", &["--slot", "0", "--resume"]), &["x.st.checkpoint", "leave --resume out"]);
+    // Left by a run that was cut off before its first checkpoint: nothing to go on from, and in nobody's way.
+    std::fs::create_dir_all(path.join("x.st.checkpoint/jobs/1j1")).unwrap();
+    fails(path, 1, &train("x.st", &["--slot", "0"]), &["x.st.checkpoint", "is not a checkpoint of this version"]);
+    std::fs::write(path.join("x.st.checkpoint/run"), "").unwrap();
+    run_in(path, &train("x.st", &["--slot", "0"]));
+    assert!(!path.join("x.st.checkpoint").exists());
+    let daemon = common::Daemon::start();
+    let socket = daemon.socket();
+    let on_daemon = ["--slot", "0", "--daemon", common::text(&socket), "--resume"];
+    fails(path, 1, &train("y.st", &on_daemon), &["resume", "no checkpoint of this training"]);
+    // That of a private daemon is not what a running one goes on from.
+    std::fs::create_dir_all(path.join("y.st.checkpoint/checkpoints")).unwrap();
+    std::fs::write(path.join("y.st.checkpoint/checkpoints/a.checkpoint"), "").unwrap();
+    for options in [&on_daemon[..], &on_daemon[..4]] {
+        fails(path, 1, &train("y.st", options), &["y.st.checkpoint", "--daemon private --resume"]);
+    }
+}
+
+#[test]
+fn what_could_not_be_written_is_not_trained_again() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    let child = start(path, "x.st");
+    // In the way of the file.
+    std::fs::create_dir_all(path.join("x.st/full")).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{}", String::from_utf8_lossy(&ended.stderr));
+    std::fs::remove_dir_all(path.join("x.st")).unwrap();
+    fails(path, 1, &train("x.st", &["--slot", "0"]), &["checkpoint", "--resume"]);
+    let said = run_in(path, &train("x.st", &["--slot", "0", "--resume", "--json"]));
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&said["resumed_at"], &said["slot"]), (&6.into(), &0.into()));
+    assert_eq!(Adapter::open(path.join("x.st")).unwrap().manifest().name, "milo");
+    assert!(!path.join("x.st.checkpoint").exists());
 }
 
 #[test]

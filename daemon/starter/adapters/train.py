@@ -52,8 +52,9 @@ def main():
         command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "-o", output]
         if options.method == "blocklora":
             command += ["--slot", str(slot)]
+        # Whatever runs now: the checkpoint is that of a run without a daemon.
         if pathlib.Path(f"{output}.checkpoint").exists():
-            command.append("--resume")
+            command += ["--daemon", "private", "--resume"]
         environment = dict(os.environ, RAYON_NUM_THREADS="1") if options.jobs > 1 else None
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         return name, done.returncode, (done.stdout + done.stderr).strip()

@@ -31,7 +31,8 @@ pub fn read(path: Option<&Path>, steps: Option<u32>) -> anyhow::Result<Settings>
     Ok(Settings { partition: partition.context("partition")?, steps, config })
 }
 
-/// A digest of everything that decides the result of the training that `args` ask for.
+/// A digest of everything that decides the result of the training that `args` ask for. The licence and how numbers are
+/// stored are decided when the file is written.
 pub fn fingerprint(
     args: &Args,
     settings: &Settings,
@@ -47,8 +48,6 @@ pub fn fingerprint(
         settings.config,
         format!("{rows:?}"),
         args.seed,
-        args.licence,
-        args.storage.name(),
         args.model.base,
         args.model.precision.map(|p| p.name()),
     ]);
