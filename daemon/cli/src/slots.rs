@@ -10,7 +10,8 @@ use crate::table::Table;
 
 /// Show which adapters and leases own which slots of a partition
 ///
-/// Adapters in different slots of one partition never change the same weight.
+/// Adapters in different slots of one partition never change the same weight. A training leases its slot until it is
+/// over; other leases can be given back.
 #[derive(clap::Args)]
 pub struct Args {
     /// Only of the model with this digest
@@ -25,6 +26,9 @@ pub struct Args {
     /// Seed of that partition, if it is permuted
     #[arg(long, value_name = "N", default_value_t = 0, requires = "scheme")]
     partition_seed: u64,
+    /// Give this lease back, by the id that the map shows
+    #[arg(long, value_name = "LEASE", conflicts_with_all = ["base_digest", "scheme"])]
+    release: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -32,6 +36,18 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
+    if let Some(lease) = &args.release {
+        daemon::run(async {
+            let daemon = daemon::connect(options, State::User).await?;
+            daemon.client.release_slot(lease).await?;
+            daemon.close().await;
+            Ok(())
+        })?;
+        return match args.json {
+            true => output::print_json(&serde_json::json!({ "released": lease })),
+            false => Ok(output::print(&format!("{lease}: given back\n"))?),
+        };
+    }
     let partition = args.scheme.as_ref().map(|scheme| Partition {
         scheme: scheme.clone(),
         capacity: args.capacity,

@@ -201,6 +201,23 @@ fn status_doctor_and_lists_say_what_is_there() {
 }
 
 #[test]
+fn a_leased_slot_is_given_back() {
+    let daemon = common::Daemon::start();
+    let socket = daemon.socket();
+    let lease = async {
+        let client = blocklora_client::Client::connect(text(&socket).parse().unwrap()).await.unwrap();
+        let none = || blocklora_client::Options::new().into_dict();
+        client.manager().await.unwrap().lease_slot(&none(), &none()).await.unwrap().0
+    };
+    let lease = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(lease);
+    let slots = |more: &[&str]| common::blocklora([&["slots", "--daemon", text(&socket)], more].concat());
+    assert!(String::from_utf8_lossy(&slots(&[]).stdout).contains(&lease), "the map shows what to give back");
+    assert_eq!(json(&slots(&["--release", &lease, "--json"])), serde_json::json!({ "released": lease }));
+    assert_eq!(json(&slots(&["--json"])), serde_json::json!([]));
+    is_one_clear_line(&slots(&["--release", &lease]), 1, &["there is no lease", &lease]);
+}
+
+#[test]
 fn a_daemon_that_is_not_there_is_exit_code_3() {
     let output = common::blocklora(["status", "--daemon", "./no/bus"]);
     is_one_clear_line(&output, 3, &["./no/bus", "--daemon"]);

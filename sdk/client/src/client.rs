@@ -289,6 +289,11 @@ impl Client {
         all_pages(async |offset| Ok(manager.list_slots(&filter, offset, PAGE).await?)).await
     }
 
+    /// Gives a lease of a slot back.
+    pub async fn release_slot(&self, lease: &str) -> Result<()> {
+        Ok(self.manager().await?.release_slot(lease, &Dict::new()).await?)
+    }
+
     /// A job that does nothing, to measure what a job costs.
     pub async fn empty_job(&self) -> Result<Job<Map<String, Value>>> {
         let path = self.manager().await?.empty_job(&Dict::new()).await?;
