@@ -452,6 +452,39 @@ async fn a_full_and_a_read_only_disk_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_starts_on_a_full_disk_promises_nothing_and_goes_on_when_there_is_room() {
+    let Some((mut daemon, mounted)) = on_a_small_disk("8m") else { return };
+    let client = daemon.client().await;
+    let job = train(&client, "rex", 100_000, Dict::new()).await.unwrap();
+    until("a step", || async { step_of(&client, &job).await.0 >= 1 }).await;
+    daemon.kill();
+    let filler = mounted.fill();
+    daemon.restart();
+    let client = daemon.client().await;
+    let error = register_error(&client).await;
+    assert!(error.starts_with("StorageFull: ") && error.contains("nothing is remembered"), "{error}");
+    let error = train(&client, "max", 2, Dict::new()).await.unwrap_err();
+    assert!(error.starts_with("StorageFull: "), "{error}");
+    let lease =
+        async || client.call::<_, (String, u32)>(ROOT, "Manager", "LeaseSlot", &(Dict::new(), Dict::new())).await;
+    assert!(lease().await.unwrap_err().starts_with("StorageFull: "));
+    let model = common::starter().join("model").display().to_string();
+    let body = (model.as_str(), dict([("id", "other".into())]));
+    let error = client.call::<_, OwnedObjectPath>(ROOT, "Manager", "RegisterModel", &body).await.unwrap_err();
+    assert!(error.starts_with("StorageFull: "), "{error}");
+    assert!(!client.draw("/", small("a dog", 5)).await.unwrap().is_empty());
+    // With room again nothing has to be restarted, and what waited there goes on.
+    std::fs::remove_file(&filler).unwrap();
+    until("a lease", || async { lease().await.is_ok() }).await;
+    until("the training", || async { step_of(&client, &job).await.0 >= 1 }).await;
+    daemon.restart();
+    let client = daemon.client().await;
+    let slots: Vec<Dict> = client.call(ROOT, "Manager", "ListSlots", &(Dict::new(), 0u32, 9u32)).await.unwrap();
+    assert_eq!(slots.len(), 2, "the training's, and the one that was leased");
+    alive(&mut daemon, &client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_fills_up_in_the_middle_ends_what_writes_and_nothing_else() {
     let Some((mut daemon, mounted)) = on_a_small_disk("8m") else { return };
     let (client, state) = (daemon.client().await, daemon.state());

@@ -23,48 +23,67 @@ pub struct Catalogue {
     /// Held while an adapter's file and its entry come or go, so that no other thread sees one without the other.
     files: Mutex<()>,
     folder: PathBuf,
-    /// Whether it is only in memory, because the folder cannot be written.
-    volatile: bool,
+    /// Why it is only in memory, if it is: the folder cannot be written.
+    volatile: Mutex<Option<Error>>,
 }
 
 impl Catalogue {
     /// Opens the catalogue of `folder`, which exists, and makes it if there is none.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("catalogue.sqlite");
-        let mut connection = Connection::open(&path)?;
-        connection.pragma_update(None, "journal_mode", "WAL")?;
-        // A finished transaction survives a power failure, too.
-        connection.pragma_update(None, "synchronous", "FULL")?;
-        connection.busy_timeout(std::time::Duration::from_secs(5))?;
-        schema::migrate(&mut connection).map_err(|e| e.context(path.display()))?;
-        let adapters = folder.join("adapters");
-        std::fs::create_dir_all(&adapters).map_err(|e| Error::io(adapters.display(), &e))?;
-        Ok(Self {
+        Ok(Self::new(connect(folder)?, folder, None))
+    }
+
+    fn new(connection: Connection, folder: &Path, volatile: Option<Error>) -> Self {
+        Self {
             connection: Mutex::new(connection),
             files: Mutex::default(),
             folder: folder.to_owned(),
-            volatile: false,
-        })
+            volatile: Mutex::new(volatile),
+        }
     }
 
-    /// A catalogue that is gone with the process, for a folder that cannot be written; it begins with what is there.
-    pub fn in_memory(folder: &Path) -> Result<Self> {
+    /// A catalogue in memory, for a folder that cannot be written because of `cause`; it begins with what is there.
+    pub fn in_memory(folder: &Path, cause: Error) -> Result<Self> {
         let mut connection = Connection::open_in_memory()?;
         schema::migrate(&mut connection)?;
         let path = folder.join("catalogue.sqlite");
         if path.is_file() {
             // Where no file can be made beside it, SQLite reads it only as one that nobody changes.
-            let known = ["mode=ro", "immutable=1"].into_iter().map(|how| copy_from(&mut connection, &path, how));
-            if let Err(error) = known.reduce(|one, other| one.or(other)).unwrap_or(Ok(())) {
+            let known = copy_from(&mut connection, &path, "mode=ro");
+            if let Err(error) = known.or_else(|_| copy_from(&mut connection, &path, "immutable=1")) {
                 tracing::error!("{}: cannot be read: {error}", path.display());
             }
         }
-        Ok(Self {
-            connection: Mutex::new(connection),
-            files: Mutex::default(),
-            folder: folder.to_owned(),
-            volatile: true,
+        Ok(Self::new(connection, folder, Some(cause)))
+    }
+
+    /// Goes over to the catalogue in the folder, if that can be written now; it counts as one in memory until
+    /// [`Self::lasts`]. What was in memory alone was promised to nobody.
+    pub fn reopen(&self) -> Result<()> {
+        let opened = self.probe().and_then(|()| connect(&self.folder));
+        opened.map(|opened| *self.lock() = opened).inspect_err(|error| *self.lock_volatile() = Some(error.clone()))
+    }
+
+    /// What it is told is remembered from now on.
+    pub fn lasts(&self) {
+        *self.lock_volatile() = None;
+    }
+
+    /// Whether it is only in memory.
+    pub fn is_volatile(&self) -> bool {
+        self.lock_volatile().is_some()
+    }
+
+    /// Fails while it is only in memory: what is to be remembered is refused rather than forgotten.
+    pub fn lasting(&self) -> Result<()> {
+        self.lock_volatile().clone().map_or(Ok(()), |cause| {
+            let message = format!("{}; nothing is remembered until the state folder can be written", cause.message);
+            Err(Error::new(cause.kind, message))
         })
+    }
+
+    fn lock_volatile(&self) -> MutexGuard<'_, Option<Error>> {
+        self.volatile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state folder.
@@ -88,7 +107,7 @@ impl Catalogue {
         work(&mut self.lock()).map_err(|e| {
             let error = Error::from(e);
             match self.probe() {
-                Err(cause) if error.kind == Kind::Failed && !self.volatile => cause,
+                Err(cause) if error.kind == Kind::Failed && !self.is_volatile() => cause,
                 _ => error,
             }
         })
@@ -96,9 +115,7 @@ impl Catalogue {
 
     /// Whether the state folder can be written.
     pub fn probe(&self) -> Result<()> {
-        let probe = tempfile::Builder::new().prefix(".probe-").tempfile_in(&self.folder);
-        let written = probe.and_then(|mut file| std::io::Write::write_all(&mut file, &[0; 4096]));
-        written.map_err(|e| Error::io(self.folder.display(), &e))
+        probe(&self.folder)
     }
 
     /// How often a daemon has started on this state, this start included.
@@ -112,6 +129,33 @@ impl Catalogue {
         })
         .map(|boot| boot as u64)
     }
+}
+
+fn probe(folder: &Path) -> Result<()> {
+    let probe = tempfile::Builder::new().prefix(".probe-").tempfile_in(folder);
+    let written = probe.and_then(|mut file| std::io::Write::write_all(&mut file, &[0; 4096]));
+    written.map_err(|e| Error::io(folder.display(), &e))
+}
+
+/// Opens the database of `folder`. A disk that is full or read-only is named as such.
+fn connect(folder: &Path) -> Result<Connection> {
+    open_database(folder).map_err(|error| match probe(folder) {
+        Err(cause) if error.kind == Kind::Failed => cause,
+        _ => error,
+    })
+}
+
+fn open_database(folder: &Path) -> Result<Connection> {
+    let path = folder.join("catalogue.sqlite");
+    let mut connection = Connection::open(&path)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // A finished transaction survives a power failure, too.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    schema::migrate(&mut connection).map_err(|e| e.context(path.display()))?;
+    let adapters = folder.join("adapters");
+    std::fs::create_dir_all(&adapters).map_err(|e| Error::io(adapters.display(), &e))?;
+    Ok(connection)
 }
 
 /// Copies the catalogue in the file `path`, if it has today's tables.

@@ -43,8 +43,8 @@ pub struct Daemon {
     pub uid: u32,
     /// When it started.
     pub started_usec: u64,
-    /// How often a daemon has started on this state.
-    boot: u64,
+    /// What ids begin with: how often a daemon has started on this state.
+    boot: Mutex<String>,
     next_id: AtomicU64,
     objects: Mutex<Objects>,
     /// Paths whose properties may have changed.
@@ -81,7 +81,9 @@ impl Daemon {
         authority: Authority,
         device: Chosen,
     ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Arc<Job>>)> {
-        let boot = catalogue.next_boot()?;
+        // What the folder has counted is not known while it cannot be written.
+        let boot =
+            if catalogue.is_volatile() { format!("v{}", now_usec()) } else { catalogue.next_boot()?.to_string() };
         let (finished, receiver) = mpsc::unbounded_channel();
         let daemon = Self {
             config: RwLock::new((Arc::new(config), config_files)),
@@ -92,7 +94,7 @@ impl Daemon {
             hub: Hub::default(),
             uid: rustix::process::geteuid().as_raw(),
             started_usec: now_usec(),
-            boot,
+            boot: Mutex::new(boot),
             next_id: AtomicU64::new(1),
             objects: Mutex::new(Objects::from([(ROOT.to_owned(), Object::Manager)])),
             touched: Mutex::default(),
@@ -154,7 +156,13 @@ impl Daemon {
 
     /// An id that no other job, composition or lease ever had.
     pub fn new_id(&self) -> String {
-        format!("{}j{}", self.boot, self.next_id.fetch_add(1, Ordering::Relaxed))
+        format!("{}j{}", lock(&self.boot), self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Counts this start, too, once the catalogue is the state folder's.
+    pub fn count_boot(&self) -> Result<()> {
+        *lock(&self.boot) = self.catalogue.next_boot()?.to_string();
+        Ok(())
     }
 
     /// The object at `path`.

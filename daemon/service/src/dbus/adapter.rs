@@ -34,7 +34,11 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, membe
             options.finish()?;
             if remove {
                 call.authorize("manage-models").await?;
-                call.blocking(move |daemon| daemon.catalogue.remove_adapter(&digest)).await?;
+                call.blocking(move |daemon| {
+                    daemon.catalogue.lasting()?;
+                    daemon.catalogue.remove_adapter(&digest)
+                })
+                .await?;
             }
             call.daemon.remove_object(path);
             call.reply(method, &())

@@ -38,7 +38,11 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                 call.blocking(move |daemon| daemon.add_loose(file, &name, &client)).await?
             } else {
                 call.authorize("manage-models").await?;
-                call.blocking(move |daemon| daemon.catalogue.import(file, &name)).await?
+                call.blocking(move |daemon| {
+                    daemon.catalogue.lasting()?;
+                    daemon.catalogue.import(file, &name)
+                })
+                .await?
             };
             call.reply(method, &object_path(&show(&call.daemon, entry)))
         }
@@ -74,7 +78,11 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                 return Err(Error::new(Kind::DeviceBusy, format!("model {id:?} is loaded; unload it first")).into());
             }
             let path = model.object_path();
-            call.blocking(move |daemon| daemon.catalogue.remove_model(&id)).await?;
+            call.blocking(move |daemon| {
+                daemon.catalogue.lasting()?;
+                daemon.catalogue.remove_model(&id)
+            })
+            .await?;
             call.daemon.remove_object(&path);
             call.reply(method, &())
         }
@@ -220,7 +228,11 @@ async fn register_model(call: &Call, method: &Method) -> Answer {
         return Err(Error::option(message).into());
     }
     let entry = ModelEntry { id: id.clone(), path: path.clone(), ..ModelEntry::default() };
-    call.blocking(move |daemon| daemon.catalogue.put_model(&entry)).await?;
+    call.blocking(move |daemon| {
+        daemon.catalogue.lasting()?;
+        daemon.catalogue.put_model(&entry)
+    })
+    .await?;
     let object = call.daemon.add_model(&id, path, false, None);
     call.reply(method, &object_path(&object))
 }

@@ -69,6 +69,7 @@ pub async fn lease(call: &Call, method: &Method) -> Answer {
     let uid = call.caller.uid;
     let lease = call
         .blocking(move |daemon| {
+            daemon.catalogue.lasting()?;
             let base = base_digest(daemon, &model)?;
             let claim = Claim { training: None, name: &name, uid, expires_usec: expires };
             daemon.catalogue.lease(&base, &partition, slot, &claim)
@@ -99,6 +100,10 @@ pub async fn release(call: &Call, method: &Method) -> Answer {
         let message = format!("the lease {id} is the training's that job {} is: cancel the job instead", job.id);
         return Err(Error::option(message).into());
     }
-    call.blocking(move |daemon| daemon.catalogue.release(&id)).await?;
+    call.blocking(move |daemon| {
+        daemon.catalogue.lasting()?;
+        daemon.catalogue.release(&id)
+    })
+    .await?;
     call.reply(method, &())
 }

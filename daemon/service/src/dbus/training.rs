@@ -80,6 +80,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let uid = call.caller.uid;
     let job = call
         .blocking(move |daemon| {
+            daemon.catalogue.lasting()?;
             // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
             let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
             let request = TrainRequest {

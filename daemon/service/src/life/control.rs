@@ -11,6 +11,7 @@ use crate::catalogue::jobs::JobEntry;
 use crate::daemon::Daemon;
 use crate::dbus::value::{Dict, dict, own};
 use crate::jobs::{Job, State, Stop};
+use crate::life::recover;
 use crate::objects::Object;
 
 /// How often changes are told: progress comes at most ten times a second.
@@ -25,6 +26,7 @@ pub async fn run(daemon: Arc<Daemon>, mut finished: mpsc::UnboundedReceiver<Arc<
     let watchdog = sd_notify::watchdog_enabled().map(|timeout| timeout / 3);
     let mut last_ping = Instant::now();
     let mut ticks = 0u64;
+    let mut opening: Option<tokio::task::JoinHandle<()>> = None;
     let mut history = History { daemon: daemon.clone(), pending: Vec::new(), writing: None };
     loop {
         tokio::select! {
@@ -45,6 +47,10 @@ pub async fn run(daemon: Arc<Daemon>, mut finished: mpsc::UnboundedReceiver<Arc<
                     daemon.expire_jobs();
                     stop_overdue(&daemon);
                     history.write().await;
+                    if daemon.catalogue.is_volatile() && opening.as_ref().is_none_or(|opening| opening.is_finished()) {
+                        let daemon = daemon.clone();
+                        opening = Some(tokio::task::spawn_blocking(move || recover::late(&daemon)));
+                    }
                     let idle = daemon.config().daemon.exit_when_idle_sec;
                     if idle > 0 && daemon.idle_for().as_secs() >= idle {
                         tracing::info!("nobody needed the daemon for {idle} s: it ends");

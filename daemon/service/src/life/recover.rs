@@ -8,12 +8,36 @@ use crate::error::{Error, Kind, Result};
 use crate::jobs::now_usec;
 use crate::jobs::work::Train;
 
-/// Takes in interrupted imports, goes on with interrupted trainings, and notes the end of other jobs.
+/// Takes in interrupted imports, goes on with interrupted trainings, and notes the end of other jobs. While the state
+/// folder cannot be written all of it stays as it is.
 pub fn recover(daemon: &Arc<Daemon>) -> Result<()> {
+    if daemon.catalogue.is_volatile() {
+        return Ok(());
+    }
     let tmp = daemon.catalogue.folder().join("tmp");
     if tmp.is_dir() {
         std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(tmp.display(), &e))?;
     }
+    take_in(daemon)
+}
+
+/// Goes over to the catalogue in the state folder once that can be written, and takes in what waits there.
+pub fn late(daemon: &Arc<Daemon>) {
+    if daemon.catalogue.reopen().is_err() {
+        return;
+    }
+    // Before anything new is accepted, whose folder would be nobody's.
+    if let Err(error) = daemon.count_boot().and_then(|()| take_in(daemon)) {
+        tracing::error!("what the last daemon left cannot be taken in: {error}");
+    }
+    if let Err(error) = daemon.add_known_models() {
+        tracing::error!("{error}");
+    }
+    daemon.catalogue.lasts();
+    tracing::info!("the state folder can be written: from now on everything is remembered");
+}
+
+fn take_in(daemon: &Arc<Daemon>) -> Result<()> {
     let recovered = daemon.catalogue.recover()?;
     for line in recovered.done {
         tracing::warn!("{line}");

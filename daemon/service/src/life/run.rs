@@ -201,8 +201,11 @@ fn open_catalogue(folder: &Path) -> Result<Catalogue> {
     let opened = Catalogue::open(folder).and_then(|catalogue| catalogue.probe().map(|()| catalogue));
     match opened {
         Err(error) if matches!(error.kind, Kind::StorageReadOnly | Kind::StorageFull) => {
-            tracing::error!("{error}; nothing will be remembered until the state folder can be written");
-            Catalogue::in_memory(folder)
+            tracing::error!(
+                "{error}; nothing will be remembered, and no training begins or goes on, until the state folder can be \
+                 written"
+            );
+            Catalogue::in_memory(folder, error)
         }
         result => result,
     }
