@@ -1,5 +1,6 @@
 //! What the daemon's parts share: configuration, catalogue, queue, objects, and who hears of their changes.
 
+mod clients;
 mod loose;
 mod trainings;
 
@@ -276,26 +277,30 @@ impl Daemon {
             Some(token) => format!("{ROOT}/job/{}_{token}", escape(&ticket.owner.client)),
             None => path_of("job", &id),
         };
-        if self.object(&path).is_some() {
-            return Err(Error::option("option \"token\": it is in use"));
-        }
         let spec = match &work {
             Work::Train(train) => Some(serde_json::to_string(train).map_err(|e| Error::failed(e.to_string()))?),
             _ => None,
         };
         let job = Arc::new(Job::new(id, path.clone(), ticket, work));
+        // Known before it can run, so that no signal of it is lost.
+        self.add_owned(&path, Object::Job(job.clone()))?;
         if spec.is_some() {
             let entry = JobEntry { spec, ..JobEntry::of(&job) };
-            self.catalogue.put_jobs(&[entry], self.config().jobs.history_max)?;
+            if let Err(error) = self.catalogue.put_jobs(&[entry], self.config().jobs.history_max) {
+                self.remove_object(&path);
+                return Err(error);
+            }
         }
-        // Known before it can run, so that no signal of it is lost.
-        self.add_object(&path, Object::Job(job.clone()));
         if let Err(error) = self.queue.push(job.clone(), limits) {
             self.remove_object(&path);
             if job.kind == "train" {
                 self.catalogue.forget_job(&job.id)?;
             }
             return Err(error);
+        }
+        // Its client may have gone before it was in the queue.
+        if job.stop_requested().is_some() && self.queue.remove(&job.id).is_some() {
+            self.drop_waiting(&job);
         }
         self.touch(ROOT);
         Ok(job)
@@ -336,30 +341,6 @@ impl Daemon {
     /// Jobs that run now; one that let others go first is among them.
     pub fn running(&self) -> Vec<Arc<Job>> {
         lock(&self.running).clone()
-    }
-
-    /// A client has gone: what lived with its connection ends.
-    pub fn client_gone(&self, client: &str) {
-        self.drop_loose(client);
-        for (path, object) in self.objects() {
-            match object {
-                Object::Job(job)
-                    if job.owner.client == client
-                        && job.lifetime == Lifetime::Connection
-                        && !job.status(|s| s.state.is_final()) =>
-                {
-                    tracing::info!("job {}: cancelled, because its client {client} has gone", job.id);
-                    // A training keeps what it has done, for when it is asked for again.
-                    self.stop_job(&job, Stop::Checkpoint);
-                }
-                Object::Composition(composition)
-                    if composition.owner.client == client && composition.lifetime == Lifetime::Connection =>
-                {
-                    self.remove_object(&path);
-                }
-                _ => {}
-            }
-        }
     }
 
     /// The models, by id.

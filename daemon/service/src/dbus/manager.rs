@@ -194,7 +194,7 @@ async fn merge(call: &Call) -> Result<Arc<Job>, Refusal> {
         lifetime,
         content: std::sync::Mutex::new((set.clone(), 1)),
     };
-    call.daemon.add_object(&composition, Object::Composition(Arc::new(object)));
+    call.daemon.add_owned(&composition, Object::Composition(Arc::new(object)))?;
     let work = Work::Merge { model, set, composition: composition.clone() };
     let job = call.daemon.submit(&ticket, work);
     if job.is_err() {

@@ -40,7 +40,7 @@ pub async fn answer(call: &Call, model: &Arc<ModelObject>, member: &str, method:
                 lifetime,
                 content: Mutex::new((set, 1)),
             };
-            call.daemon.add_object(&path, Object::Composition(Arc::new(object)));
+            call.daemon.add_owned(&path, Object::Composition(Arc::new(object)))?;
             call.reply(method, &object_path(&path))
         }
         "SetKeepAlive" => {

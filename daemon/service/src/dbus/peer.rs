@@ -55,8 +55,8 @@ pub struct Peer {
     closing: Notify,
     rules: Mutex<Vec<(String, MatchRule<'static>)>>,
     calls: AtomicUsize,
-    /// On a bus: its clients by unique name.
-    callers: Mutex<HashMap<String, (u32, u32)>>,
+    /// On a bus: its clients by unique name; none while the bus is asked who that is.
+    callers: Mutex<HashMap<String, Option<(u32, u32)>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,6 +168,11 @@ impl Peer {
         let _ = self.outgoing.send(message).await;
     }
 
+    /// Whether the client is at the other end, or on this bus.
+    pub fn has(&self, client: &str) -> bool {
+        if self.name.is_empty() { lock(&self.callers).contains_key(client) } else { self.name == client }
+    }
+
     /// Whether clients of a bus own something here.
     pub fn has_callers(&self) -> bool {
         !lock(&self.callers).is_empty()
@@ -256,7 +261,7 @@ impl Peer {
         let header = message.header();
         let sender = header.sender().map(|name| name.to_string());
         let sender = sender.ok_or_else(|| Refusal::bus("InvalidArgs", "the message has no sender"))?;
-        let known = lock(&self.callers).get(&sender).copied();
+        let known = lock(&self.callers).get(&sender).copied().flatten();
         let (uid, pid) = match known {
             Some(known) => known,
             None => self.credentials(&sender).await?,
@@ -269,23 +274,40 @@ impl Peer {
         let fail = |e: zbus::Error| Refusal::from(Error::failed(format!("the bus does not know {sender}: {e}")));
         let bus = zbus::fdo::DBusProxy::new(&self.connection).await.map_err(fail)?;
         let rule = gone_rule(sender).map_err(fail)?;
-        // First the rule: who goes in between is then unknown to the bus.
-        bus.add_match_rule(rule.clone()).await.map_err(|e| fail(e.into()))?;
+        // First the rule: who goes in between is then unknown to the bus, or no longer among the callers below.
+        lock(&self.callers).entry(sender.to_owned()).or_default();
+        if let Err(error) = bus.add_match_rule(rule.clone()).await {
+            self.forget(sender);
+            return Err(fail(error.into()));
+        }
         let name = zbus::names::BusName::try_from(sender.to_owned()).map_err(fail)?;
         let credentials = match bus.get_connection_credentials(name).await {
             Ok(credentials) => credentials,
             Err(error) => {
+                self.forget(sender);
                 // What matters is the first error.
                 let _ = bus.remove_match_rule(rule).await;
                 return Err(fail(error.into()));
             }
         };
-        let uid = credentials
-            .unix_user_id()
-            .ok_or_else(|| Error::failed(format!("the bus does not know {sender}'s user")))?;
+        let Some(uid) = credentials.unix_user_id() else {
+            self.forget(sender);
+            return Err(Error::failed(format!("the bus does not know {sender}'s user")).into());
+        };
         let found = (uid, credentials.process_id().unwrap_or(0));
-        lock(&self.callers).insert(sender.to_owned(), found);
+        match lock(&self.callers).get_mut(sender) {
+            Some(known) => *known = Some(found),
+            None => return Err(Error::failed(format!("{sender} has gone")).into()),
+        }
         Ok(found)
+    }
+
+    /// The bus does not say who the client is; another call of it may know by now.
+    fn forget(&self, sender: &str) {
+        let mut callers = lock(&self.callers);
+        if callers.get(sender).is_some_and(Option::is_none) {
+            callers.remove(sender);
+        }
     }
 
     /// On a bus: a client that has gone.

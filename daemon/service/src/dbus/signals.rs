@@ -40,6 +40,11 @@ impl Hub {
         self.lock().values().any(|peer| matches!(peer.kind, PeerKind::Socket { .. }) || peer.has_callers())
     }
 
+    /// Whether the client is connected: to the socket, or to a bus.
+    pub fn is_connected(&self, client: &str) -> bool {
+        self.lock().values().any(|peer| peer.has(client))
+    }
+
     /// The connection called `name`, on the socket.
     pub fn socket(&self, name: &str) -> Option<Arc<Peer>> {
         self.lock().values().find(|peer| peer.name == name && !name.is_empty()).cloned()
