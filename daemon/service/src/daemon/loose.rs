@@ -1,12 +1,15 @@
 //! Adapters that clients brought without adding them to the library.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use blocklora_spec::Adapter;
+use blocklora_spec::limits::FILE_BYTES_MAX;
 
 use super::{Daemon, lock};
 use crate::catalogue::adapters::AdapterEntry;
+use crate::dbus::library::show;
 use crate::error::{Error, Result};
+use crate::jobs::Owner;
 use crate::memfd;
 use crate::objects::path_of;
 
@@ -18,59 +21,88 @@ pub(super) struct Loose {
 }
 
 impl Daemon {
-    /// Takes an adapter from a client until its connection ends; one that the library has already is that one.
-    pub fn add_loose(&self, fd: impl AsFd, what: &str, client: &str) -> Result<AdapterEntry> {
-        let bytes = memfd::read_client_file(fd, blocklora_spec::limits::FILE_BYTES_MAX, what)?;
+    /// Takes an adapter from a client until its connection ends, and shows it; its path. The file is kept also where the
+    /// library has one: that may be damaged, or go.
+    pub fn add_loose(&self, fd: impl AsFd, what: &str, owner: &Owner) -> Result<String> {
+        let bytes = memfd::read_client_file(fd, FILE_BYTES_MAX, what)?;
         let file = memfd::sealed("adapter", &bytes)?;
-        let entry = AdapterEntry::of(
-            &Adapter::from_bytes(what, bytes)?,
-            rustix::fs::fstat(&file).map_or(0, |s| s.st_size as u64),
-        );
+        let size = bytes.len() as u64;
+        let mut entry = AdapterEntry::of(&Adapter::from_bytes(what, bytes)?, size);
         if let Ok(known) = self.catalogue.find_adapter(&entry.digest) {
-            return Ok(known);
+            entry.added_usec = known.added_usec;
         }
+        // Until it is shown: `client_gone` then finds all of it, or nothing.
         let mut loose = lock(&self.loose);
+        self.check_connected(&owner.client)?;
         let held = loose.entry(entry.digest.clone()).or_insert(Loose { file, entry, clients: Vec::new() });
-        if !held.clients.iter().any(|other| other == client) {
-            held.clients.push(client.to_owned());
+        if !held.clients.contains(&owner.client) {
+            held.clients.push(owner.client.clone());
         }
-        Ok(held.entry.clone())
+        Ok(show(self, held.entry.clone()))
     }
 
     /// The adapter that `text` names, in the library or brought by a client.
     pub fn find_adapter(&self, text: &str) -> Result<AdapterEntry> {
-        if let Some(held) = lock(&self.loose).get(text) {
-            return Ok(held.entry.clone());
+        let held = |digest: &str| lock(&self.loose).get(digest).map(|held| held.entry.clone());
+        if let Some(entry) = held(text) {
+            return Ok(entry);
         }
-        self.catalogue.find_adapter(text)
+        let known = self.catalogue.find_adapter(text)?;
+        Ok(held(&known.digest).unwrap_or(known))
     }
 
     /// Opens an adapter of the library or of a client.
     pub fn open_adapter(&self, digest: &str) -> Result<Adapter> {
-        let held = lock(&self.loose).get(digest).map(|held| held.file.try_clone());
-        match held {
-            Some(file) => {
-                let file = file.map_err(|e| Error::io("adapter", &e))?;
-                // Sealed memory: what is mapped cannot change.
-                Ok(Adapter::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
-            }
+        match self.read_loose(digest)? {
+            Some((bytes, name)) => Ok(Adapter::from_bytes(name, bytes)?),
             None => self.catalogue.open_adapter(digest),
         }
     }
 
+    /// The file of an adapter of the library or of a client, byte for byte.
+    pub fn read_adapter(&self, digest: &str) -> Result<Vec<u8>> {
+        if let Some((bytes, _)) = self.read_loose(digest)? {
+            return Ok(bytes);
+        }
+        let path = self.catalogue.adapter_path(digest);
+        std::fs::read(&path).map_err(|e| Error::io(path.display(), &e))
+    }
+
+    /// The content of a client's adapter, and what to call it in errors. It has no path: one by its descriptor's number
+    /// would soon name another file.
+    fn read_loose(&self, digest: &str) -> Result<Option<(Vec<u8>, String)>> {
+        let (file, name) = match lock(&self.loose).get(digest) {
+            Some(held) => (held.file.try_clone(), format!("adapter {:?}", held.entry.name)),
+            None => return Ok(None),
+        };
+        let file = file.map_err(|e| Error::io(&name, &e))?;
+        Ok(Some((memfd::read_client_file(&file, FILE_BYTES_MAX, &name)?, name)))
+    }
+
+    /// The client no longer needs the adapter as an object. It stays for those who brought its file, too.
+    pub fn hide_adapter(&self, digest: &str, client: &str) {
+        let mut loose = lock(&self.loose);
+        if let Some(held) = loose.get_mut(digest) {
+            held.clients.retain(|other| other != client);
+            if !held.clients.is_empty() {
+                return;
+            }
+            loose.remove(digest);
+        }
+        self.remove_object(&path_of("adapter", digest));
+    }
+
+    /// What the client brought goes, unless others brought it, too. What the library has stays an object.
     pub(super) fn drop_loose(&self, client: &str) {
-        let mut gone = Vec::new();
         lock(&self.loose).retain(|digest, held| {
             held.clients.retain(|other| other != client);
             if held.clients.is_empty() {
-                gone.push(digest.clone());
+                match self.catalogue.find_adapter(digest) {
+                    Ok(known) => drop(show(self, known)),
+                    Err(_) => drop(self.remove_object(&path_of("adapter", digest))),
+                }
             }
             !held.clients.is_empty()
         });
-        for digest in gone {
-            if self.catalogue.find_adapter(&digest).is_err() {
-                self.remove_object(&path_of("adapter", &digest));
-            }
-        }
     }
 }

@@ -9,12 +9,13 @@ use zbus::{OwnedFd, Variant};
 use super::call::{Answer, Call, Refusal, no_options};
 use super::interfaces::Method;
 use super::value::{Dict, Options, dict, own};
+use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::memfd;
 use crate::objects::AdapterObject;
 
-/// Answers a call on the adapter at `path`.
-pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, member: &str, method: &Method) -> Answer {
+/// Answers a call.
+pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, method: &Method) -> Answer {
     let digest = adapter.entry.digest.clone();
     match member {
         "Inspect" => {
@@ -25,7 +26,7 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, membe
         "Export" => {
             let (format, options): (String, Dict) = call.args()?;
             no_options(options)?;
-            let files = call.blocking(move |daemon| export_files(&daemon.open_adapter(&digest)?, &format)).await?;
+            let files = call.blocking(move |daemon| export_files(daemon, &digest, &format)).await?;
             call.reply(method, &files)
         }
         "Unregister" => {
@@ -40,7 +41,7 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, path: &str, membe
                 })
                 .await?;
             }
-            call.daemon.remove_object(path);
+            call.daemon.hide_adapter(&adapter.entry.digest, &call.caller.client);
             call.reply(method, &())
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
@@ -65,12 +66,13 @@ fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {
     ]))
 }
 
-fn export_files(adapter: &Adapter, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
+fn export_files(daemon: &Daemon, digest: &str, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
+    let adapter = &daemon.open_adapter(digest)?;
     let folder = tempfile::tempdir().map_err(|e| Error::io("temporary folder", &e))?;
     let name = format!("{}.safetensors", adapter.manifest().name);
     let path = folder.path().join(&name);
     match format {
-        "blocklora" => return Ok(vec![file(adapter.path(), name)?]),
+        "blocklora" => return Ok(vec![memory_file(&daemon.read_adapter(digest)?, name)?]),
         "kohya" => export::kohya(adapter, &path)?,
         "diffusers" => export::diffusers(adapter, &path)?,
         "textual-inversion" => export::textual_inversion(adapter, &path)?,
@@ -89,9 +91,12 @@ fn export_files(adapter: &Adapter, format: &str) -> Result<Vec<(OwnedFd, Dict)>>
 }
 
 fn file(path: &Path, name: String) -> Result<(OwnedFd, Dict)> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path.display(), &e))?;
+    memory_file(&std::fs::read(path).map_err(|e| Error::io(path.display(), &e))?, name)
+}
+
+fn memory_file(bytes: &[u8], name: String) -> Result<(OwnedFd, Dict)> {
     let media_type = if name.ends_with(".json") { "application/json" } else { "application/vnd.safetensors" };
-    let fd = memfd::sealed(&name, &bytes)?;
+    let fd = memfd::sealed(&name, bytes)?;
     let info = dict([("name", own(name)), ("media_type", own(media_type)), ("size", own(bytes.len() as u64))]);
     Ok((fd.into(), info))
 }

@@ -124,7 +124,7 @@ pub async fn answer(call: Call) -> Answer {
             None => library::answer(&call, &member, method).await,
         },
         (Some(Object::Model(object)), Some(_)) => model::answer(&call, object, &member, method).await,
-        (Some(Object::Adapter(object)), Some(_)) => adapter::answer(&call, object, &path, &member, method).await,
+        (Some(Object::Adapter(object)), Some(_)) => adapter::answer(&call, object, &member, method).await,
         (Some(Object::Composition(object)), Some(_)) => composition::answer(&call, object, &member, method).await,
         (Some(Object::Job(object)), Some(_)) => job::answer(&call, object, &member, method).await,
         (Some(Object::Plugin(id)), Some(_)) => plugin::answer(&call, id, &member, method).await,

@@ -32,19 +32,19 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
             let lifetime = options.string("lifetime")?;
             let lifetime = lifetime.map_or(Ok(Lifetime::Daemon), |text| Lifetime::from_name("lifetime", &text))?;
             options.finish()?;
-            let entry = if lifetime == Lifetime::Connection {
+            let path = if lifetime == Lifetime::Connection {
                 call.authorize("generate").await?;
-                let client = call.caller.client.clone();
-                call.blocking(move |daemon| daemon.add_loose(file, &name, &client)).await?
+                let owner = call.caller.owner();
+                call.blocking(move |daemon| daemon.add_loose(file, &name, &owner)).await?
             } else {
                 call.authorize("manage-models").await?;
-                call.blocking(move |daemon| {
+                let entry = call.blocking(move |daemon| {
                     daemon.catalogue.lasting()?;
                     daemon.catalogue.import(file, &name)
-                })
-                .await?
+                });
+                show(&call.daemon, entry.await?)
             };
-            call.reply(method, &object_path(&show(&call.daemon, entry)))
+            call.reply(method, &object_path(&path))
         }
         "OpenAdapter" => {
             let (text, options): (String, Dict) = call.args()?;
