@@ -375,3 +375,33 @@ async fn a_private_daemon_lives_with_its_connection() {
     let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
     assert!(tokio::time::timeout(common::PATIENCE, ended).await.unwrap().unwrap().success());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_finds_new_files_and_keeps_what_the_command_line_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("bus");
+    let mut child = Command::new(common::blocklorad())
+        .args(["--bus", "none", "--exit-when-idle", "2", "--socket"])
+        .arg(&socket)
+        .arg("--state")
+        .arg(dir.path().join("state"))
+        .env("XDG_CONFIG_HOME", dir.path())
+        .spawn()
+        .unwrap();
+    until("the socket", || async { std::os::unix::net::UnixStream::connect(&socket).is_ok() }).await;
+    let address = format!("unix:path={}", socket.display());
+    let connection = zbus::connection::Builder::address(address.as_str()).p2p().build().await.unwrap();
+    let client = Client { connection, bus: false };
+    // There was no file of the user's when it started.
+    let file = dir.path().join("blocklora/blocklora.toml");
+    std::fs::create_dir(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "[jobs]\nqueue_limit = 9\n").unwrap();
+    client.call::<_, ()>(ROOT, "Manager", "Reload", &(Dict::new(),)).await.unwrap();
+    assert_eq!(client.get::<u32>(ROOT, "Manager", "QueueLimit").await, 9);
+    let files: Vec<String> = client.get(ROOT, "Manager", "ConfigFiles").await;
+    assert_eq!(files.last().map(String::as_str), file.to_str());
+    // The file says nothing of when to end.
+    client.connection.close().await.unwrap();
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    assert!(tokio::time::timeout(common::PATIENCE, ended).await.unwrap().unwrap().success());
+}

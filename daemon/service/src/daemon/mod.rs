@@ -27,9 +27,13 @@ use crate::methods::Methods;
 use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
 pub use trainings::ADAPTER;
 
+/// Finds and reads the configuration's files; what the command line says counts more.
+pub type ReadConfig = Box<dyn Fn() -> Result<(Config, Vec<PathBuf>)> + Send + Sync>;
+
 /// What all parts share.
 pub struct Daemon {
     config: RwLock<(Arc<Config>, Vec<PathBuf>)>,
+    read_config: ReadConfig,
     /// What it remembers.
     pub catalogue: Catalogue,
     /// Jobs that wait.
@@ -75,8 +79,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Daemon {
     /// A daemon without clients. The receiver gets every job that has ended.
     pub fn new(
-        config: Config,
-        config_files: Vec<PathBuf>,
+        (config, config_files): (Config, Vec<PathBuf>),
+        read_config: ReadConfig,
         catalogue: Catalogue,
         methods: Arc<dyn Methods>,
         authority: Authority,
@@ -88,6 +92,7 @@ impl Daemon {
         let (finished, receiver) = mpsc::unbounded_channel();
         let daemon = Self {
             config: RwLock::new((Arc::new(config), config_files)),
+            read_config,
             catalogue,
             queue: Queue::default(),
             methods,
@@ -124,14 +129,13 @@ impl Daemon {
         self.config.read().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
-    /// Reads the configuration again; an error leaves the old one in force.
+    /// Reads the configuration again as the start did; an error leaves the old one in force.
     pub fn reload(&self) -> Result<()> {
-        let files = self.config_files();
-        let config = Config::read(&files)?;
+        let (config, files) = (self.read_config)()?;
         if config.models.device != self.config().models.device {
             tracing::warn!("models.device = {:?} counts from the next start", config.models.device);
         }
-        self.config.write().unwrap_or_else(PoisonError::into_inner).0 = Arc::new(config);
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = (Arc::new(config), files);
         *lock(&self.idle_unload_usec) = None;
         self.set_wait_max();
         self.add_configured_models();

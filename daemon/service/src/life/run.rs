@@ -72,6 +72,7 @@ fn raise_limits() {
     }
 }
 
+/// Both when the daemon starts and when it reads its configuration again.
 fn read_config(options: &Options) -> Result<(Config, Vec<PathBuf>)> {
     let user = options.bus != Some(Bus::System);
     let files = if options.config.is_empty() { config::standard_files(user) } else { options.config.clone() };
@@ -142,7 +143,10 @@ async fn live(
 
     let load_at_start = config.models.load_at_start;
     let methods = methods(&config);
-    let (daemon, finished) = Daemon::new(config, files, catalogue, methods, Authority::default(), device)?;
+    let again = options.clone();
+    let read_config = Box::new(move || read_config(&again));
+    let (daemon, finished) =
+        Daemon::new((config, files), read_config, catalogue, methods, Authority::default(), device)?;
     daemon.add_known_models()?;
     for method in daemon.methods.list() {
         daemon.add_object(&path_of("plugin", &method.id), Object::Plugin(method.id.clone()));
