@@ -62,6 +62,13 @@ pub struct ModelArgs {
     pub precision: Option<Precision>,
 }
 
+impl ModelArgs {
+    /// The precision as a job takes it; none: the daemon's.
+    pub fn precision_name(&self) -> Option<String> {
+        self.precision.map(|precision| precision.name().to_owned())
+    }
+}
+
 /// How to merge.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Merging")]

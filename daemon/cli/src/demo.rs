@@ -158,14 +158,15 @@ async fn draw_all(
     let merge = async |adapters: &[Adapter]| {
         let (strategy, strategy_config) = set::strategy(&args.set)?;
         let strategy = strategy.unwrap_or_default();
-        let model = Some(model.state.id.clone());
-        let request = Merge { strategy, strategy_config, adapters: adapters.to_vec(), model, ..Merge::default() };
+        let (model, precision) = (Some(model.state.id.clone()), model_args.precision_name());
+        let adapters = adapters.to_vec();
+        let request = Merge { strategy, strategy_config, adapters, model, precision, ..Merge::default() };
         let job = daemon.client.merge(&request).await?;
         watch::quietly(&job, "merging").await
     };
     let pictures = 2 * jobs.iter().map(Vec::len).sum::<usize>() + pair_jobs.len();
     let bar = progress::bar("drawing", pictures * usize::from(args.sampling.steps));
-    let mut artist = Artist { daemon: &daemon, template: template(args, &model)?, bar };
+    let mut artist = Artist { daemon: &daemon, template: template(args, &model, model_args)?, bar };
 
     let mut alone = Vec::new();
     for (adapter, jobs) in adapters.iter().zip(jobs) {
@@ -184,12 +185,13 @@ async fn draw_all(
 }
 
 /// What all pictures have in common.
-fn template(args: &Args, model: &ChosenModel) -> anyhow::Result<Generate> {
+fn template(args: &Args, model: &ChosenModel, model_args: &ModelArgs) -> anyhow::Result<Generate> {
     let (strategy, strategy_config) = set::strategy(&args.set)?;
     let sampling = &args.sampling;
     let pixels = |side: usize| u32::try_from(side).with_context(|| format!("--size: {side} pixels are too many"));
     Ok(Generate {
         target: Some(model.model.path().clone().into()),
+        precision: model_args.precision_name(),
         steps: Some(u32::from(sampling.steps)),
         guidance_scale: Some(f64::from(sampling.guidance)),
         sampler: Some(sampling.sampler.clone()),

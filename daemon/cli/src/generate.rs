@@ -149,6 +149,7 @@ async fn draw(
     members.check_model(&model)?;
     members.add_named(&daemon, &model, &prompts(&request)).await?;
     request.target = Some(model.model.path().clone().into());
+    request.precision = model_args.precision_name();
     request.adapters = members.entries();
     let job = daemon.client.generate(&request).await?;
     let mut screen = Screen::open(args.preview);

@@ -60,7 +60,7 @@ pub struct LoadArgs {
     /// Its id, as `blocklora models list` shows it
     #[arg(value_name = "ID")]
     id: String,
-    /// Storage type of the weights [default: the daemon's]
+    /// Storage type of the weights; a job that needs another loads the model again [default: the daemon's]
     #[arg(long, value_enum)]
     precision: Option<Precision>,
     /// Keep it loaded this long after its last use, seconds [default: the daemon's]

@@ -234,6 +234,7 @@ async fn teach_with(
         kind: Some(args.kind.name().into()),
         captions: pictures.iter().map(|(_, caption)| caption.clone().unwrap_or_default()).collect(),
         model: Some(model.state.id.clone()),
+        precision: args.model.precision_name(),
         seed: Some(args.seed),
         storage: Some(args.storage.name().into()),
         licence: args.licence.clone(),

@@ -84,6 +84,51 @@ fn a_picture_is_made_again_from_itself() {
     is_one_clear_line(&common::blocklora(&args), 1, &["plain.png", "does not say how it was made"]);
 }
 
+/// A daemon for several commands, killed when dropped.
+struct Shared(std::process::Child);
+
+impl Shared {
+    /// Its socket is `bus` in `folder`.
+    fn start(folder: &Path) -> Self {
+        let mut command = Command::new(Path::new(common::BLOCKLORA).with_file_name("blocklorad"));
+        command.args(["--bus", "none", "--log", "warn", "--socket"]).arg(folder.join("bus"));
+        command.arg("--state").arg(folder.join("state")).env("XDG_CONFIG_HOME", folder);
+        let mut shared = Self(command.spawn().unwrap());
+        while std::os::unix::net::UnixStream::connect(folder.join("bus")).is_err() {
+            assert!(shared.0.try_wait().unwrap().is_none(), "the daemon ended at once");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        shared
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn commands_that_share_a_daemon_do_not_share_a_precision() {
+    let folder = temporary();
+    let _daemon = Shared::start(folder.path());
+    let draw = |name: &str, more: &[&str]| {
+        let path = folder.path().join(name);
+        let fixed = ["generate", "a dog", "--steps", "2", "-o", text(&path)];
+        let mut command = common::command();
+        let output =
+            command.env("BLOCKLORA_DAEMON", folder.path().join("bus")).args(fixed).args(more).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::read(path).unwrap()
+    };
+    let first = draw("first.png", &[]);
+    let half = draw("half.png", &["--precision", "bf16"]);
+    assert!(draw("again.png", &[]) == first, "another command's precision changed the picture");
+    assert!(first != half);
+    assert!(draw("like.png", &["--like", text(&folder.path().join("half.png"))]) == half);
+}
+
 #[test]
 fn a_private_daemon_leaves_nothing_behind() {
     let folder = temporary();

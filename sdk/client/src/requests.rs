@@ -103,6 +103,8 @@ pub struct Generate {
     pub height: Option<u32>,
     /// Pictures.
     pub count: Option<u32>,
+    /// Storage type of the model's weights: "f32", "f16" or "bf16".
+    pub precision: Option<String>,
     /// What to merge for this job; not with a composition as target.
     pub adapters: Vec<Entry>,
     /// How to merge it.
@@ -133,6 +135,7 @@ impl Generate {
             .maybe("width", self.width)
             .maybe("height", self.height)
             .maybe("count", self.count)
+            .maybe("precision", self.precision.clone())
             .maybe("adapters", (!self.adapters.is_empty()).then(|| entries_variant(&self.adapters)))
             .maybe("strategy", self.strategy.clone())
             .maybe("strategy_config", object(&self.strategy_config));
@@ -180,6 +183,8 @@ pub struct Train {
     pub captions: Vec<String>,
     /// Id of the model; none: the default model.
     pub model: Option<String>,
+    /// Storage type of the model's weights: "f32", "f16" or "bf16".
+    pub precision: Option<String>,
     /// Decides every random number.
     pub seed: Option<u64>,
     /// Which blocks of rows there are.
@@ -216,6 +221,7 @@ impl Train {
             .maybe("kind", self.kind.clone())
             .maybe("captions", (!self.captions.is_empty()).then(|| self.captions.clone()))
             .maybe("model", self.model.clone())
+            .maybe("precision", self.precision.clone())
             .maybe("seed", self.seed)
             .maybe("partition", self.partition.as_ref().map(|p| nested(p.dict())))
             .maybe("slot", self.slot)
@@ -240,6 +246,8 @@ pub struct Merge {
     pub adapters: Vec<Entry>,
     /// Id of the model; none: the default model.
     pub model: Option<String>,
+    /// Storage type of the model's weights, for this merging: "f32", "f16" or "bf16".
+    pub precision: Option<String>,
     /// "connection" or "daemon".
     pub composition_lifetime: Option<String>,
     /// What every job has.
@@ -251,6 +259,7 @@ impl Merge {
         let options = self.job.set(Options::new());
         let options = options
             .maybe("model", self.model.clone())
+            .maybe("precision", self.precision.clone())
             .maybe("strategy_config", object(&self.strategy_config))
             .maybe("composition_lifetime", self.composition_lifetime.clone());
         (self.strategy.clone(), entries(&self.adapters), options.into_dict())

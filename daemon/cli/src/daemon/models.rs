@@ -35,7 +35,7 @@ pub async fn choose_model(daemon: &Daemon, args: &ModelArgs) -> anyhow::Result<C
         default(daemon).await?
     };
     let id = model.state().await?.id;
-    let request = Load { precision: args.precision.map(|p| p.name().to_owned()), ..Load::default() };
+    let request = Load { precision: args.precision_name(), ..Load::default() };
     let job = daemon.client.load_model(&id, &request).await?;
     watch::quietly(&job, "loading the model").await?;
     let state = model.state().await?;

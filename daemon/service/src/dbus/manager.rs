@@ -107,6 +107,7 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
     };
     let work = Generate {
         model,
+        precision: precision_of(&call.daemon, &mut params)?,
         set,
         prompt,
         negative_prompt: params.string("negative_prompt")?.unwrap_or_default(),
@@ -144,6 +145,14 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
     Ok(call.blocking(submit).await?)
 }
 
+/// How a job needs the model's weights held: as its caller says, else as is configured when it is asked for. What others
+/// have loaded does not count, so that the same request gives the same result.
+pub fn precision_of(daemon: &Daemon, options: &mut Options) -> Result<Precision> {
+    let Some(name) = options.string("precision")? else { return Ok(daemon.config().models.precision) };
+    let unknown = || Error::option(format!("option \"precision\": {name:?} is not f32, f16 or bf16"));
+    Precision::from_name(&name).ok_or_else(unknown)
+}
+
 fn check_size(daemon: &Daemon, work: &Generate) -> Result<()> {
     let model = daemon.model(&work.model)?;
     let (native, multiple) = {
@@ -178,6 +187,7 @@ async fn merge(call: &Call) -> Result<Arc<Job>, Refusal> {
     let mut options = Options::new(options);
     let ticket = call.ticket(&mut options, Priority::Interactive, Lifetime::Connection)?;
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
+    let precision = precision_of(&call.daemon, &mut options)?;
     let config = options.object("strategy_config")?;
     let lifetime = options.string("composition_lifetime")?;
     let lifetime = lifetime.map_or(Ok(Lifetime::Connection), |l| Lifetime::from_name("composition_lifetime", &l))?;
@@ -195,7 +205,7 @@ async fn merge(call: &Call) -> Result<Arc<Job>, Refusal> {
         content: std::sync::Mutex::new((set.clone(), 1)),
     };
     call.daemon.add_owned(&composition, Object::Composition(Arc::new(object)))?;
-    let work = Work::Merge { model, set, composition: composition.clone() };
+    let work = Work::Merge { model, precision, set, composition: composition.clone() };
     let job = call.daemon.submit(&ticket, work);
     if job.is_err() {
         call.daemon.remove_object(&composition);
@@ -208,15 +218,17 @@ async fn load_model(call: &Call) -> Result<Arc<Job>, Refusal> {
     call.authorize("generate").await?;
     let mut options = Options::new(options);
     let ticket = call.ticket(&mut options, Priority::Normal, Lifetime::Connection)?;
-    let precision = options.string("precision")?;
-    let unknown = |name: &str| Error::option(format!("option \"precision\": {name:?} is not f32, f16 or bf16"));
-    let precision = precision.map(|name| Precision::from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
+    let precision = precision_of(&call.daemon, &mut options)?;
     let own = &call.daemon.device.name;
     if let Some(device) = options.string("device")?.filter(|device| device != own) {
         return Err(Error::new(Kind::NotSupported, format!("there is no device {device:?}; there is {own}")).into());
     }
     let keep_alive = options.u64("keep_alive_usec")?;
     options.finish()?;
+    if keep_alive.is_some() {
+        // As Model.SetKeepAlive: it decides how long the memory is taken, also from others.
+        call.authorize("manage-models").await?;
+    }
     let model = call.daemon.model(&id)?;
     if let Some(usec) = keep_alive {
         model.state().keep_alive_usec = usec;

@@ -10,7 +10,7 @@ use blocklora_spec::{NAME_RULE, Partition, Storage, is_name};
 use zbus::OwnedFd;
 
 use super::call::{Call, Refusal};
-use super::manager::default_model;
+use super::manager::{default_model, precision_of};
 use super::slots::{PARTITION, base_digest, check_slot, partition_of};
 use super::value::{Dict, Options};
 use crate::catalogue::adapters::kind_from_name;
@@ -47,6 +47,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let kind = kind_from_name(&kind).ok_or_else(unknown)?;
     let (captions, lengths) = (options.strings("captions")?, options.u64s("lengths")?);
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
+    let precision = precision_of(&call.daemon, &mut options)?;
     let in_slots = {
         let plugin = plugin.clone();
         call.blocking(move |daemon| daemon.methods.trains_in_slots(&plugin)).await?
@@ -101,6 +102,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
                 let (partition, lease) = take_rows(daemon, rows, &model, &Claim::of_training(&id, &name, uid))?;
                 Ok(Train {
                     model,
+                    precision,
                     trainer: plugin,
                     config,
                     partition,

@@ -36,6 +36,8 @@ pub struct Set {
 pub struct Generate {
     /// Id of the model.
     pub model: String,
+    /// How its weights are held.
+    pub precision: Precision,
     /// What is merged into it.
     pub set: Set,
     /// What to draw.
@@ -69,6 +71,9 @@ pub struct Generate {
 pub struct Train {
     /// Id of the model.
     pub model: String,
+    /// How its weights are held; a training that an earlier daemon left does not say.
+    #[serde(default)]
+    pub precision: Precision,
     /// Id of the trainer.
     pub trainer: String,
     /// Its settings.
@@ -144,6 +149,8 @@ pub enum Work {
     Merge {
         /// Id of the model.
         model: String,
+        /// How its weights are held.
+        precision: Precision,
         /// The set.
         set: Set,
         /// The composition's path, for the result.
@@ -162,8 +169,8 @@ pub enum Work {
     LoadModel {
         /// Its id.
         model: String,
-        /// How to hold its weights; none: as configured.
-        precision: Option<Precision>,
+        /// How to hold its weights.
+        precision: Precision,
     },
     /// Reads every file of the library.
     ValidateLibrary,
@@ -223,6 +230,17 @@ impl Work {
             Self::Train(work) => Some(&work.model),
             Self::Merge { model, .. } | Self::Bake { model, .. } | Self::LoadModel { model, .. } => Some(model),
             Self::ValidateLibrary | Self::ValidatePlugin { .. } | Self::Empty => None,
+        }
+    }
+
+    /// How the model's weights must be held for it; none: it does not matter.
+    pub fn precision(&self) -> Option<Precision> {
+        match self {
+            Self::Generate(work) => Some(work.precision),
+            Self::Train(work) => Some(work.precision),
+            Self::Merge { precision, .. } | Self::LoadModel { precision, .. } => Some(*precision),
+            // What is baked is merged in f32 whatever is in memory.
+            Self::Bake { .. } | Self::ValidateLibrary | Self::ValidatePlugin { .. } | Self::Empty => None,
         }
     }
 }

@@ -235,7 +235,10 @@ fn load_default(daemon: &Arc<Daemon>) {
     let (priority, lifetime) = (Priority::Normal, Lifetime::Daemon);
     let ticket = Ticket { owner, priority, lifetime, token: None, timeout: None };
     let queued = match daemon.default_model() {
-        Some(model) => daemon.submit(&ticket, Work::LoadModel { model, precision: None }).map(drop),
+        Some(model) => {
+            let precision = daemon.config().models.precision;
+            daemon.submit(&ticket, Work::LoadModel { model, precision }).map(drop)
+        }
         None => Err(Error::new(Kind::ModelNotFound, "models.load_at_start: there is no model")),
     };
     if let Err(error) = queued {

@@ -99,16 +99,12 @@ impl Worker {
     fn execute(&mut self, job: &Arc<Job>, work: Work) -> Result<Option<(Dict, Vec<ResultFile>)>> {
         let model = work.model().map(str::to_owned);
         if let Some(model) = &model {
-            let precision = match &work {
-                Work::LoadModel { precision, .. } => *precision,
-                _ => None,
-            };
-            self.residents.hold(job, model, precision)?;
+            self.residents.hold(job, model, work.precision())?;
         }
         let done = match work {
             Work::Generate(work) => self.generate(job, &work).map(Some),
             Work::Train(work) => self.train(job, &work).map(Some),
-            Work::Merge { model, set, composition } => self.merge(job, &model, &set, &composition).map(Some),
+            Work::Merge { model, set, composition, .. } => self.merge(job, &model, &set, &composition).map(Some),
             Work::Bake { model, set, out } => self.bake(job, &model, &set, out).map(|()| None),
             Work::LoadModel { model, .. } => self.loaded(job, &model).map(Some),
             Work::ValidateLibrary => aside::validate_library(&self.daemon, job).map(|()| None),
@@ -169,11 +165,11 @@ impl Worker {
         while let Some(control) = self.daemon.queue.next_control() {
             self.control(control);
         }
-        let room = self.residents.has_room();
         let residents = &self.residents;
         let runnable = |other: &Job| {
             let work = other.work.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            work.as_ref().is_some_and(|work| work.model().is_none_or(|model| room || residents.has(model)))
+            let is_free = |work: &Work| work.model().is_none_or(|model| residents.is_free(model, work.precision()));
+            work.as_ref().is_some_and(is_free)
         };
         // One at a time: under constant load this job still gets every other turn.
         if let Some(first) = self.daemon.queue.next_above(job.priority, runnable) {

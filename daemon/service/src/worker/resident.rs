@@ -33,6 +33,13 @@ struct Resident {
     users: usize,
 }
 
+impl Resident {
+    /// Whether its weights are held as they are needed; none: however they are.
+    fn suits(&self, precision: Option<Precision>) -> bool {
+        precision.is_none_or(|precision| precision == self.precision)
+    }
+}
+
 /// All models in memory.
 pub struct Residents {
     daemon: Arc<Daemon>,
@@ -46,26 +53,26 @@ impl Residents {
         Self { daemon, models: BTreeMap::new(), cache: Cache::default() }
     }
 
-    /// Whether the model is in memory.
-    pub fn has(&self, id: &str) -> bool {
-        self.models.contains_key(id)
+    /// Whether a job can have the model now, without one having to go that is in use. A model is in memory once: who
+    /// needs it in another precision waits for those who are at work on it.
+    pub fn is_free(&self, id: &str, precision: Option<Precision>) -> bool {
+        match self.models.get(id) {
+            Some(resident) => resident.users == 0 || resident.suits(precision),
+            None => self.has_room(),
+        }
     }
 
-    /// Whether another model may be loaded without one having to go that is in use.
-    pub fn has_room(&self) -> bool {
+    fn has_room(&self) -> bool {
         self.models.len() < self.daemon.config().models.resident_max || self.models.values().any(|m| m.users == 0)
     }
 
-    /// Loads the model for a job, if it is not in memory as it is wanted, and keeps it until [`Self::release`].
+    /// Loads the model for a job, if it is not in memory as the job needs it, and keeps it until [`Self::release`].
     pub fn hold(&mut self, job: &Job, id: &str, precision: Option<Precision>) -> Result<()> {
-        let other = |m: &&mut Resident| precision.is_some_and(|precision| precision != m.precision);
-        if let Some(resident) = self.models.get_mut(id).filter(|m| !other(m)) {
+        if let Some(resident) = self.models.get_mut(id).filter(|resident| resident.suits(precision)) {
             resident.users += 1;
             return Ok(());
         }
-        if self.has(id) {
-            self.unload(id)?;
-        }
+        self.unload(id)?;
         let object = self.daemon.model(id)?;
         job.set_stage("loading-model");
         self.make_room()?;

@@ -26,9 +26,18 @@ pub fn daemon_in(more: &str, env: &[(&str, &str)]) -> Daemon {
 
 /// As [`daemon_in`], also on `bus`.
 pub fn daemon_on(bus: Option<&Bus>, more: &str, env: &[(&str, &str)]) -> Daemon {
+    Daemon::start_in(bus, &format!("{}{more}", models()), &[], env)
+}
+
+/// As [`daemon`], with another configured precision.
+pub fn daemon_with_precision(name: &str) -> Daemon {
+    daemon_on(None, &format!("precision = {name:?}\n"), &[])
+}
+
+/// The section of the configuration, which may go on.
+fn models() -> String {
     let folder = folder().display().to_string();
-    let models = format!("[models]\ndefault = {STUB:?}\nfolders = {{ {STUB} = {folder:?} }}\n");
-    Daemon::start_in(bus, &format!("{models}{more}"), &[], env)
+    format!("[models]\ndefault = {STUB:?}\nfolders = {{ {STUB} = {folder:?} }}\n")
 }
 
 /// Queues a training of `steps` steps that changes the model strongly; the job's path.
