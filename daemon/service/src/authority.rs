@@ -3,8 +3,7 @@
 
 use std::collections::HashMap;
 
-use zbus::message::Flags;
-use zbus::{Connection, Message, Variant};
+use zbus::{Connection, Variant};
 
 use crate::daemon::Daemon;
 use crate::dbus::call::Caller;
@@ -46,8 +45,9 @@ impl Authority {
         self.polkit.get().is_some()
     }
 
-    /// Whether `caller` may do `action`, the last part of a polkit action's name.
-    pub async fn check(&self, daemon: &Daemon, caller: &Caller, action: &str, message: &Message) -> Result<()> {
+    /// Whether `caller` may do `action`, the last part of a polkit action's name. Only if `interactive` is somebody asked
+    /// for a password.
+    pub async fn check(&self, daemon: &Daemon, caller: &Caller, action: &str, interactive: bool) -> Result<()> {
         if caller.uid == daemon.uid || caller.uid == 0 {
             return Ok(());
         }
@@ -72,7 +72,6 @@ impl Authority {
                 ("system-bus-name", HashMap::from([("name", Variant::from(caller.client.clone()))]))
             }
         };
-        let interactive = message.primary_header().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
         let fail = |e: zbus::Error| refused(&format!("polkit does not answer: {e}"));
         let proxy = PolkitProxy::new(polkit).await.map_err(fail)?;
         let answer = proxy.check_authorization(&subject, &id, HashMap::new(), u32::from(interactive), "").await;

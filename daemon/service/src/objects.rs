@@ -1,6 +1,6 @@
 //! The objects that clients see, and their properties.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use zbus::{ObjectPath, Variant};
 use crate::catalogue::adapters::AdapterEntry;
 use crate::config::Precision;
 use crate::daemon::Daemon;
-use crate::dbus::value::{Dict, dict, own, strings};
+use crate::dbus::value::{Dict, clone_dict, dict, own, strings};
 use crate::error::Error;
 use crate::jobs::work::Set;
 use crate::jobs::{Job, Lifetime, Owner};
@@ -93,6 +93,18 @@ impl ModelObject {
 pub struct AdapterObject {
     /// What the catalogue knows.
     pub entry: AdapterEntry,
+    users: Mutex<BTreeSet<u32>>,
+}
+
+impl AdapterObject {
+    /// An adapter that these users registered or opened.
+    pub fn new(entry: AdapterEntry, users: BTreeSet<u32>) -> Self {
+        Self { entry, users: Mutex::new(users) }
+    }
+    /// The users who registered or opened it.
+    pub fn users(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A set of adapters with weights.
@@ -172,6 +184,27 @@ impl Object {
             Self::Composition(composition) => Some(&composition.owner.client),
             _ => None,
         }
+    }
+
+    /// The user who alone reads the texts of it: of a job, what it is about and why it failed.
+    pub fn reader(&self) -> Option<u32> {
+        match self {
+            Self::Job(job) => Some(job.owner.uid),
+            _ => None,
+        }
+    }
+
+    /// Properties of it, all or some, without the texts that only its user reads.
+    pub fn without_texts(&self, properties: &Dict) -> Dict {
+        let mut shown = clone_dict(properties);
+        if let Self::Job(job) = self {
+            let (name, _, details) = job_error(job);
+            let error = own(Variant::from((name, String::new(), details)));
+            for (key, instead) in [("Description", own("")), ("Error", error)] {
+                shown.entry(key.to_owned()).and_modify(|value| *value = instead);
+            }
+        }
+        shown
     }
 
     /// Its properties now.
@@ -316,16 +349,19 @@ fn composition_properties(composition: &CompositionObject, daemon: &Daemon) -> D
     ])
 }
 
-fn job_properties(job: &Job) -> Dict {
-    let error = match job.outcome() {
+/// Why it failed: name, message, and details, which a training has while it runs.
+fn job_error(job: &Job) -> (String, String, Dict) {
+    let (name, message) = match job.outcome() {
         Some(Err(error)) => (error.name(), error.message),
         _ => Default::default(),
     };
+    let loss = job.status(|s| s.loss).map(|loss| ("loss".to_owned(), own(f64::from(loss))));
+    (name, message, loss.into_iter().collect())
+}
+
+fn job_properties(job: &Job) -> Dict {
+    let error = job_error(job);
     job.status(|s| {
-        let mut details = Dict::new();
-        if let Some(loss) = s.loss {
-            details.insert("loss".to_owned(), own(f64::from(loss)));
-        }
         dict([
             ("Kind", own(job.kind)),
             ("State", own(s.state.name())),
@@ -342,7 +378,7 @@ fn job_properties(job: &Job) -> Dict {
             ("Priority", own(job.priority.name())),
             ("Lifetime", own(job.lifetime.name())),
             ("Description", own(job.description.clone())),
-            ("Error", own(Variant::from((error.0, error.1, details)))),
+            ("Error", own(Variant::from(error))),
         ])
     })
 }

@@ -38,7 +38,7 @@ impl Daemon {
         if !held.clients.contains(&owner.client) {
             held.clients.push(owner.client.clone());
         }
-        Ok(show(self, held.entry.clone()))
+        Ok(show(self, held.entry.clone(), Some(owner.uid)))
     }
 
     /// The adapter that `text` names, in the library or brought by a client.
@@ -98,7 +98,7 @@ impl Daemon {
             held.clients.retain(|other| other != client);
             if held.clients.is_empty() {
                 match self.catalogue.find_adapter(digest) {
-                    Ok(known) => drop(show(self, known)),
+                    Ok(known) => drop(show(self, known, None)),
                     Err(_) => drop(self.remove_object(&path_of("adapter", digest))),
                 }
             }

@@ -20,12 +20,14 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, met
     match member {
         "Inspect" => {
             no_options(call.args::<Dict>()?)?;
+            call.authorize("generate").await?;
             let opened = call.blocking(move |daemon| daemon.open_adapter(&digest)).await?;
             call.reply(method, &inspect(&opened, adapter)?)
         }
         "Export" => {
             let (format, options): (String, Dict) = call.args()?;
             no_options(options)?;
+            call.authorize("generate").await?;
             let files = call.blocking(move |daemon| export_files(daemon, &digest, &format)).await?;
             call.reply(method, &files)
         }
@@ -33,8 +35,11 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, met
             let mut options = Options::new(call.args::<Dict>()?);
             let remove = options.boolean("remove")?.unwrap_or(false);
             options.finish()?;
-            if remove {
+            let of_others = adapter.users().iter().any(|uid| *uid != call.caller.uid);
+            if remove || of_others {
                 call.authorize("manage-models").await?;
+            }
+            if remove {
                 call.blocking(move |daemon| {
                     daemon.catalogue.lasting()?;
                     daemon.catalogue.remove_adapter(&digest)

@@ -199,7 +199,18 @@ impl Call {
 
     /// Whether the caller may do `action`.
     pub async fn authorize(&self, action: &str) -> Result<()> {
-        self.daemon.authority.check(&self.daemon, &self.caller, action, &self.message).await
+        let interactive = self.message.primary_header().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
+        self.daemon.authority.check(&self.daemon, &self.caller, action, interactive).await
+    }
+
+    /// Whether the caller may read what user `uid` asked for. Nobody is asked for a password to read.
+    pub async fn reads(&self, uid: u32) -> bool {
+        self.caller.uid == uid || self.reads_all().await
+    }
+
+    /// Whether the caller may read what any user asked for.
+    pub async fn reads_all(&self) -> bool {
+        self.daemon.authority.check(&self.daemon, &self.caller, "manage-other-jobs", false).await.is_ok()
     }
 
     /// Whether the caller may change something of user `uid`.

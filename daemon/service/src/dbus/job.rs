@@ -24,8 +24,12 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
     match member {
         "Wait" => {
             job.wait().await;
+            let reads = call.reads(job.owner.uid).await;
             match job.outcome() {
-                Some(Ok(details)) => call.reply(method, &("done", details)),
+                Some(Ok(details)) => call.reply(method, &("done", if reads { details } else { Dict::new() })),
+                Some(Err(error)) if !reads => {
+                    Err(Error::new(error.kind, "what went wrong is told to the job's user only").into())
+                }
                 Some(Err(error)) => Err(error.into()),
                 None => Err(Error::failed("the job ended without a result").into()),
             }

@@ -1,5 +1,6 @@
 //! org.blocklora.Daemon1.Manager: what is known, adapters, models, slots and jobs.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -42,15 +43,16 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                     daemon.catalogue.lasting()?;
                     daemon.catalogue.import(file, &name)
                 });
-                show(&call.daemon, entry.await?)
+                show(&call.daemon, entry.await?, Some(call.caller.uid))
             };
             call.reply(method, &object_path(&path))
         }
         "OpenAdapter" => {
             let (text, options): (String, Dict) = call.args()?;
             no_options(options)?;
+            call.authorize("generate").await?;
             let entry = call.blocking(move |daemon| daemon.find_adapter(&text)).await?;
-            call.reply(method, &object_path(&show(&call.daemon, entry)))
+            call.reply(method, &object_path(&show(&call.daemon, entry, Some(call.caller.uid))))
         }
         "QueryLibrary" => {
             let (filter, offset, limit): (Dict, u32, u32) = call.args()?;
@@ -109,13 +111,18 @@ fn check_page(limit: u32) -> Result<()> {
     }
 }
 
-/// Shows an adapter as an object; its path.
-pub fn show(daemon: &Daemon, entry: AdapterEntry) -> String {
+/// Shows an adapter as an object, for a user if one asked for it; its path.
+pub fn show(daemon: &Daemon, entry: AdapterEntry, user: Option<u32>) -> String {
     let path = path_of("adapter", &entry.digest);
-    match daemon.object(&path) {
-        Some(Object::Adapter(shown)) if shown.entry == entry => {}
-        _ => daemon.add_object(&path, Object::Adapter(Arc::new(AdapterObject { entry }))),
+    let mut users: BTreeSet<u32> = user.into_iter().collect();
+    if let Some(Object::Adapter(shown)) = daemon.object(&path) {
+        shown.users().extend(user);
+        if shown.entry == entry {
+            return path;
+        }
+        users.extend(shown.users().iter());
     }
+    daemon.add_object(&path, Object::Adapter(Arc::new(AdapterObject::new(entry, users))));
     path
 }
 
@@ -274,7 +281,14 @@ async fn list_jobs(call: &Call, method: &Method) -> Answer {
         let old = call.blocking(move |daemon| daemon.catalogue.jobs(&filter, 0, most)).await?;
         list.extend(old.iter().filter(|old| !known.contains(&old.id)).map(history_dict));
     }
-    let page: Vec<Dict> = list.into_iter().skip(offset as usize).take(limit as usize).collect();
+    let mut page: Vec<Dict> = list.into_iter().skip(offset as usize).take(limit as usize).collect();
+    let own_uid = own(call.caller.uid);
+    let of_others = |job: &Dict| job.get("uid") != Some(&own_uid);
+    if page.iter().any(of_others) && !call.reads_all().await {
+        for job in page.iter_mut().filter(|job| of_others(job)) {
+            job.extend(dict([("description", own("")), ("message", own(""))]));
+        }
+    }
     call.reply(method, &page)
 }
 

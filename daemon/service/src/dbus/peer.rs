@@ -121,6 +121,16 @@ impl Peer {
         self.closing.notify_one();
     }
 
+    /// Whether all who get signals here may read what user `uid` asked for.
+    pub fn reads(&self, uid: u32) -> bool {
+        match self.kind {
+            PeerKind::SessionBus => true,
+            // A signal on it goes to everyone.
+            PeerKind::SystemBus => false,
+            PeerKind::Socket { uid: own, .. } => [uid, 0, rustix::process::geteuid().as_raw()].contains(&own),
+        }
+    }
+
     /// Whether a signal about an object of `client` goes here.
     pub fn wants(&self, message: &Message, client: Option<&str>) -> bool {
         match self.kind {

@@ -62,26 +62,26 @@ impl Hub {
         }
     }
 
-    fn emit<B>(&self, path: &str, interface: &str, member: &str, client: Option<&str>, body: &B)
+    /// `body` is asked for with the texts that only the object's user reads, and without.
+    fn emit<B>(&self, path: &str, interface: &str, member: &str, object: &Object, body: impl Fn(bool) -> B)
     where
         B: serde::Serialize + zbus::DynamicType,
     {
         let peers: Vec<Arc<Peer>> = self.lock().values().cloned().collect();
-        if peers.is_empty() {
-            return;
-        }
-        // One for all buses and one for all sockets: only on sockets do messages name their sender.
-        let mut built: [Option<Message>; 2] = [None, None];
+        // With texts and without, and of each one for all buses and one for all sockets: only on sockets do messages name
+        // their sender.
+        let mut built: [Option<Message>; 4] = Default::default();
         for peer in peers {
-            let message = &mut built[usize::from(peer.name.is_empty())];
+            let texts = object.reader().is_none_or(|uid| peer.reads(uid));
+            let message = &mut built[2 * usize::from(texts) + usize::from(peer.name.is_empty())];
             if message.is_none() {
                 let builder = peer.signed(Message::signal(path, interface, member));
-                match builder.build(body) {
+                match builder.build(&body(texts)) {
                     Ok(new) => *message = Some(new),
                     Err(error) => return tracing::error!("signal {member} of {path}: {error}"),
                 }
             }
-            if let Some(message) = message.as_ref().filter(|message| peer.wants(message, client)) {
+            if let Some(message) = message.as_ref().filter(|message| peer.wants(message, object.client())) {
                 peer.post(message);
             }
         }
@@ -89,26 +89,40 @@ impl Hub {
 
     /// An object has appeared.
     pub fn added(&self, path: &str, object: &Object, properties: &Dict) {
-        let interfaces = std::collections::HashMap::from([(object.interface(), clone_dict(properties))]);
-        let body = (object_path(path), interfaces);
-        self.emit(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", object.client(), &body);
+        let body = |texts| {
+            let properties = shown(object, properties, texts);
+            (object_path(path), std::collections::HashMap::from([(object.interface(), properties)]))
+        };
+        self.emit(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", object, body);
     }
 
     /// An object has gone.
     pub fn removed(&self, path: &str, object: &Object) {
-        let body = (object_path(path), vec![object.interface()]);
-        self.emit(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", object.client(), &body);
+        let body = |_| (object_path(path), vec![object.interface()]);
+        self.emit(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", object, body);
     }
 
     /// Some properties have changed.
     pub fn changed(&self, path: &str, object: &Object, changed: &Dict) {
-        let body = (object.interface(), clone_dict(changed), Vec::<String>::new());
-        self.emit(path, "org.freedesktop.DBus.Properties", "PropertiesChanged", object.client(), &body);
+        let body = |texts| (object.interface(), shown(object, changed, texts), Vec::<String>::new());
+        self.emit(path, "org.freedesktop.DBus.Properties", "PropertiesChanged", object, body);
     }
 
     /// A job has ended.
     pub fn finished(&self, path: &str, object: &Object, result: &str, details: &Dict) {
-        let body = (result, clone_dict(details));
-        self.emit(path, "org.blocklora.Daemon1.Job", "Finished", object.client(), &body);
+        let body = |texts: bool| {
+            let mut details = clone_dict(details);
+            if !texts {
+                // The error's name is none of the texts.
+                details.retain(|key, _| key == "error");
+            }
+            (result.to_owned(), details)
+        };
+        self.emit(path, "org.blocklora.Daemon1.Job", "Finished", object, body);
     }
+}
+
+/// Properties of `object`, with the texts that only its user reads or without.
+fn shown(object: &Object, properties: &Dict, texts: bool) -> Dict {
+    if texts { clone_dict(properties) } else { object.without_texts(properties) }
 }

@@ -31,13 +31,13 @@ pub async fn answer(
         },
         ("Properties", "Get") => {
             let (interface, name): (String, String) = call.args()?;
-            let mut all = properties(call, object, path, &interface)?;
+            let mut all = properties(call, object, path, &interface).await?;
             let value = all.remove(&name).ok_or_else(|| unknown_property(&interface, &name))?;
             call.reply(method, &value)
         }
         ("Properties", "GetAll") => {
             let name: String = call.args()?;
-            call.reply(method, &properties(call, object, path, &name)?)
+            call.reply(method, &properties(call, object, path, &name).await?)
         }
         ("Properties", _) => {
             let (name, property, value): (String, String, OwnedVariant) = call.args()?;
@@ -46,11 +46,16 @@ pub async fn answer(
         }
         ("ObjectManager", _) => {
             let objects = call.daemon.objects().into_iter().filter(|(path, _)| path != ROOT);
+            let objects: Vec<(String, Object)> = objects.collect();
+            let of_others = |object: &Object| object.reader().is_some_and(|uid| uid != call.caller.uid);
+            let all = !objects.iter().any(|(_, object)| of_others(object)) || call.reads_all().await;
             let entry = |(path, object): (String, Object)| {
-                let own = HashMap::from([(object.interface(), object.properties(&call.daemon))]);
-                (object_path(&path), own)
+                let texts = all || !of_others(&object);
+                let own = object.properties(&call.daemon);
+                let own = if texts { own } else { object.without_texts(&own) };
+                (object_path(&path), HashMap::from([(object.interface(), own)]))
             };
-            let all: HashMap<ObjectPath, HashMap<&str, Dict>> = objects.map(entry).collect();
+            let all: HashMap<ObjectPath, HashMap<&str, Dict>> = objects.into_iter().map(entry).collect();
             call.reply(method, &all)
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("{path} has no method {member}"))),
@@ -61,13 +66,19 @@ fn unknown_property(interface: &str, name: &str) -> Refusal {
     Refusal::bus("UnknownProperty", format!("{interface} has no property {name:?}"))
 }
 
-fn properties(call: &Call, object: Option<&Object>, path: &str, name: &str) -> Result<Dict, Refusal> {
+async fn properties(call: &Call, object: Option<&Object>, path: &str, name: &str) -> Result<Dict, Refusal> {
     if path == bus_api::PATH && name == "org.freedesktop.DBus" {
         return Ok(dict([("Features", strings(&[])), ("Interfaces", strings(&[]))]));
     }
     match object {
         // "" means every interface of the object.
-        Some(object) if name.is_empty() || name == object.interface() => Ok(object.properties(&call.daemon)),
+        Some(object) if name.is_empty() || name == object.interface() => {
+            let all = object.properties(&call.daemon);
+            match object.reader() {
+                Some(uid) if !call.reads(uid).await => Ok(object.without_texts(&all)),
+                _ => Ok(all),
+            }
+        }
         Some(object) if object.interfaces().contains(&name) => Ok(Dict::new()),
         _ => Err(Refusal::bus("UnknownInterface", format!("{path} has no interface {name:?}"))),
     }

@@ -29,7 +29,7 @@ impl Worker {
             let entry = self.daemon.catalogue.import_bytes(bytes, &work.name)?;
             let path = self.daemon.catalogue.adapter_path(&entry.digest);
             let fd = File::open(&path).map_err(|e| Error::io(path.display(), &e))?;
-            let adapter = show(&self.daemon, entry.clone());
+            let adapter = show(&self.daemon, entry.clone(), Some(job.owner.uid));
             let mut details = dict([
                 ("adapter", own(zbus::Variant::from(object_path(&adapter)))),
                 ("digest", own(entry.digest.clone())),

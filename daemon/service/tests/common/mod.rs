@@ -61,13 +61,13 @@ impl Bus {
         Self::start_as("--session")
     }
 
-    /// One with the limits of a system bus, which are those of a configuration that sets none.
+    /// One with the limits of a system bus, which are those of a configuration that sets none; open to all users.
     pub fn start_with_system_limits() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("bus.conf");
         let config = format!(
             "<busconfig><type>session</type><listen>unix:tmpdir={}</listen><auth>EXTERNAL</auth>\
-             <policy context=\"default\"><allow send_destination=\"*\" eavesdrop=\"true\"/><allow eavesdrop=\"true\"/>\
+             <policy context=\"default\"><allow user=\"*\"/><allow send_destination=\"*\" eavesdrop=\"true\"/><allow eavesdrop=\"true\"/>\
              <allow own=\"*\"/></policy></busconfig>",
             std::env::temp_dir().display()
         );
@@ -215,6 +215,9 @@ fn spawn(dir: &Path, bus: Option<&str>, args: &[String], env: &[(String, String)
     command.envs(env.iter().map(|(key, value)| (key, value)));
     command.args(args).env("XDG_RUNTIME_DIR", dir.join("run")).stderr(log).stdin(Stdio::null());
     match bus {
+        Some(address) if args.iter().any(|arg| arg == "system") => {
+            command.arg("--socket").arg(dir.join("run/blocklora/bus")).env("DBUS_SYSTEM_BUS_ADDRESS", address)
+        }
         Some(address) => command.env("DBUS_SESSION_BUS_ADDRESS", address),
         None => command.args(["--bus", "none"]),
     };
