@@ -4,9 +4,10 @@
 
 mod common;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd;
-use std::process::Command;
+use std::process::{Child, Command};
 
 use common::{Bus, Client, Daemon, Dict, NAME, ROOT, dict, entries_of, small, stub, train, until};
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
@@ -376,18 +377,29 @@ async fn a_private_daemon_lives_with_its_connection() {
     assert!(tokio::time::timeout(common::PATIENCE, ended).await.unwrap().unwrap().success());
 }
 
+/// A process that is killed when dropped.
+struct Process(RefCell<Child>);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.borrow_mut().kill();
+        let _ = self.0.borrow_mut().wait();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reload_finds_new_files_and_keeps_what_the_command_line_says() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("bus");
-    let mut child = Command::new(common::blocklorad())
+    let child = Command::new(common::blocklorad())
         .args(["--bus", "none", "--exit-when-idle", "2", "--socket"])
         .arg(&socket)
         .arg("--state")
         .arg(dir.path().join("state"))
         .env("XDG_CONFIG_HOME", dir.path())
-        .spawn()
-        .unwrap();
+        .spawn();
+    let daemon = Process(RefCell::new(child.unwrap()));
     until("the socket", || async { std::os::unix::net::UnixStream::connect(&socket).is_ok() }).await;
     let address = format!("unix:path={}", socket.display());
     let connection = zbus::connection::Builder::address(address.as_str()).p2p().build().await.unwrap();
@@ -402,6 +414,5 @@ async fn a_reload_finds_new_files_and_keeps_what_the_command_line_says() {
     assert_eq!(files.last().map(String::as_str), file.to_str());
     // The file says nothing of when to end.
     client.connection.close().await.unwrap();
-    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
-    assert!(tokio::time::timeout(common::PATIENCE, ended).await.unwrap().unwrap().success());
+    until("the end", || async { daemon.0.borrow_mut().try_wait().unwrap().is_some() }).await;
 }
