@@ -15,7 +15,10 @@ const PROJECT: &[(&str, &str)] = &[
     ("daemon/service/src/life/paths.rs", "state.join(\"blocklora\")"),
     ("daemon/service/src/plugins/mod.rs", ".join(\"blocklora\")"),
     // The adapter file itself, as a format beside those of other tools.
-    ("daemon/service/src/dbus/adapter.rs", "\"blocklora\" => return Ok(vec![file(adapter.path(), name)?])"),
+    (
+        "daemon/service/src/dbus/adapter.rs",
+        "\"blocklora\" => return Ok(vec![memory_file(&daemon.read_adapter(digest)?, name)?])",
+    ),
 ];
 
 /// The full names of all plugins, and their ids and aliases.
