@@ -22,7 +22,7 @@ use crate::dbus::value::{Dict, dict, own};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::{Limits, Queue};
 use crate::jobs::work::Work;
-use crate::jobs::{Job, Lifetime, ResultFile, Stop, Ticket, now_usec};
+use crate::jobs::{Job, ResultFile, Stop, Ticket, now_usec};
 use crate::methods::Methods;
 use crate::objects::{ModelObject, Object, Objects, ROOT, escape, path_of};
 pub use trainings::ADAPTER;
