@@ -1,4 +1,5 @@
-//! What plugins hand over beside a job's result comes to the client, whatever kind of plugin, wherever its code runs.
+//! What plugins get of the job that they work for, whatever kind of plugin, wherever its code runs: what they hand over
+//! beside its result comes to the client, and a strategy that plans for long learns that the job was cancelled.
 
 #![allow(clippy::unwrap_used)]
 
@@ -66,5 +67,27 @@ async fn artefacts_come_behind_the_results_of_each_kind() {
         let job = stub::train_by(&client, "hostile", "rex", 2).await;
         let error = client.wait(&job).await.unwrap_err();
         assert!(error.contains("\"../outside\"") && error.contains("its name must be"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_plan_that_takes_long_ends_with_its_job() {
+    for isolation in ["in-process", "worker"] {
+        let hostile = Hostile::install();
+        let daemon = hostile.daemon(isolation);
+        let client = daemon.client().await;
+        let milo = stub::adapter(&client, "milo").await;
+        hostile.set_mode("plans-for-long");
+        let parts = ("hostile", common::entries_of(&[(&milo, 1.0)]), Dict::new());
+        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        client.call::<_, ()>(job.as_str(), "Job", "Cancel", &("", Dict::new())).await.unwrap();
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(60), client.wait(job.as_str())).await;
+        let error = ended.expect("the plan was not told").unwrap_err();
+        assert!(error.contains("Cancelled"), "{isolation}: {error}");
+        // The plugin did nothing wrong, and the model is free for the next.
+        hostile.set_mode("");
+        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        client.wait(job.as_str()).await.unwrap();
     }
 }

@@ -45,6 +45,12 @@ impl MergeStrategy for Hostile {
     fn plan(&self, job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
         misbehave("plan");
         hand_over(job, "plan")?;
+        // A plan of three seconds that asks as it should; this is no misdeed.
+        let began = std::time::Instant::now();
+        while mode("plans-for-long") && began.elapsed().as_secs() < 3 {
+            job.check_cancelled()?;
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         let term = |layer: usize| {
             let terms = present(adapters, layer).map(|(adapter, a, _)| {
                 let coefficient = self.factor * a.weight * if mode("twice") { 2.0 } else { 1.0 };

@@ -19,11 +19,13 @@ pub enum LogLevel {
 ///
 /// Threads: every method may be called from any thread while the call lasts, also from several at once.
 pub trait Job: Sync {
-    /// Tells how far the work is: `done` of `total` units, in any unit. Cheap; call it as often as you like.
+    /// Tells how far the work is: `done` of `total` units, in any unit. Cheap; call it as often as you like. The daemon
+    /// counts the steps of samplers and trainers itself and shows those.
     fn progress(&self, done: u64, total: u64);
 
     /// Whether the caller has cancelled. A plugin asks at least once in a step and then returns
-    /// [`Error::cancelled`](crate::Error::cancelled); [`check_cancelled`](Self::check_cancelled) does both.
+    /// [`Error::cancelled`](crate::Error::cancelled); [`check_cancelled`](Self::check_cancelled) does both. Samplers and
+    /// trainers learn it from the first call of their host that fails for it.
     fn is_cancelled(&self) -> bool;
 
     /// Writes a line to the job's log.

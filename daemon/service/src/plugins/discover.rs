@@ -44,20 +44,26 @@ pub struct Catalogue {
     pub broken: Vec<Broken>,
 }
 
-/// The folders to search, in order: `$BLOCKLORA_PLUGIN_PATH`, the user's, beside the executable, the system's, and the
-/// source tree that this was built from.
+/// The folders to search, in order: `$BLOCKLORA_PLUGIN_PATH`, the user's, and those that this release is installed in.
 pub fn folders() -> Vec<PathBuf> {
-    let major = ABI_VERSION.0.to_string();
     let mut folders: Vec<PathBuf> = Vec::new();
     if let Some(path) = std::env::var_os(PATH_VARIABLE) {
         folders.extend(std::env::split_paths(&path).filter(|p| !p.as_os_str().is_empty()));
     }
     let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
     let data = data.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share")));
-    folders.extend(data.map(|data| data.join("blocklora/plugins").join(&major)));
+    folders.extend(data.map(|data| data.join("blocklora/plugins").join(ABI_VERSION.0.to_string())));
+    folders.extend(our_folders());
+    folders
+}
+
+/// Where a release installs its plugins: beside the executable, in the system's folders; and the source tree that this
+/// was built from.
+fn our_folders() -> Vec<PathBuf> {
+    let major = ABI_VERSION.0.to_string();
     let executable = std::env::current_exe().unwrap_or_default();
     let beside = executable.parent().unwrap_or(Path::new(""));
-    folders.push(beside.join("plugins"));
+    let mut folders = vec![beside.join("plugins")];
     // <prefix>/bin/blocklora and <prefix>/lib/blocklora/plugins/1
     folders.extend(beside.parent().map(|prefix| prefix.join("lib/blocklora/plugins").join(&major)));
     folders.push(PathBuf::from("/usr/lib/blocklora/plugins").join(&major));
@@ -65,8 +71,13 @@ pub fn folders() -> Vec<PathBuf> {
     folders
 }
 
+/// Whether the manifest at `path` lies where a release installs its plugins.
+pub fn is_ours(path: &Path) -> bool {
+    path.parent().is_some_and(|folder| our_folders().iter().any(|ours| ours == folder))
+}
+
 /// The plugins' folders of the source tree that this was built from, if it is still there.
-pub(super) fn source_tree() -> Vec<PathBuf> {
+fn source_tree() -> Vec<PathBuf> {
     let Ok(entries) = Path::new(SOURCE_TREE).read_dir() else { return Vec::new() };
     let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     folders.sort();
@@ -152,6 +163,13 @@ fn library_of(manifest: &Path, name: &str) -> PathBuf {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn ours_are_those_of_the_tree_and_of_an_installation() {
+        let tree = source_tree().pop().unwrap();
+        assert!(is_ours(&tree.join("x.toml")) && is_ours(Path::new("/usr/lib/blocklora/plugins/1/x.toml")));
+        assert!(!is_ours(&tempfile::tempdir().unwrap().path().join("x.toml")));
+    }
 
     const MANIFEST: &str = "id = \"x\"\nkind = \"merge\"\nversion = \"1\"\nabi = \"1.0\"\nlibrary = \"libx.so\"\n\
                             summary = \"s\"\nlicence = \"MIT\"\nmemory_mib = 1\n";

@@ -76,7 +76,7 @@ impl MergeStrategy for PluginStrategy {
     }
 
     fn plan(&self, infos: &[LayerInfo], views: &[&dyn AdapterView]) -> Result<Plan> {
-        let job = super::sample::QuietJob::new(0);
+        let job = super::sample::QuietJob::until(super::stop::current());
         let adapters = adapters(infos.len(), views);
         let layers = layers(infos);
         let plan = inside(self.place.as_ref(), || self.strategy.plan(&job, &layers, &adapters));

@@ -18,12 +18,13 @@ mod running;
 mod sample;
 mod scan;
 mod settings;
+pub mod stop;
 mod train;
 mod worker;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -45,27 +46,6 @@ pub use error::{PluginError, Result, noun};
 use kept::Kept;
 use records::{Records, Scanned};
 use running::{Place, Running};
-
-/// The plugins that come with this release.
-const OURS: &[&str] = &[
-    "merge-blocklora",
-    "merge-dare",
-    "merge-orthogonal",
-    "merge-task-arithmetic",
-    "merge-ties",
-    "merge-weighted-average",
-    "sample-ddim",
-    "sample-dpmpp-2m",
-    "sample-dpmpp-2m-sde",
-    "sample-euler",
-    "sample-euler-a",
-    "sample-heun",
-    "sample-lcm",
-    "train-blocklora",
-    "train-dreambooth-lora",
-    "train-ed-lora",
-    "train-orthogonal",
-];
 
 /// Where plugins' code runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -173,6 +153,8 @@ pub struct Plugins {
     running: Arc<Running>,
     /// Libraries that are open in this process, by digest.
     open: Mutex<HashMap<String, Library>>,
+    /// Whether one of them does not come with this release.
+    foreign: AtomicBool,
     /// What the daemon's list was last, and when.
     listed: Mutex<Option<(Instant, Vec<MethodInfo>)>>,
     samplers: Kept<dyn Sampler>,
@@ -218,7 +200,8 @@ impl Plugins {
         let records = Arc::new(Records::open(&options.state));
         let running = Arc::new(Running::open(&options.state, &records));
         let (samplers, strategies) = (Kept::new(false), Kept::new(true));
-        Self { options, records, running, open: Mutex::default(), listed: Mutex::default(), samplers, strategies }
+        let (open, foreign, listed) = (Mutex::default(), AtomicBool::default(), Mutex::default());
+        Self { options, records, running, open, foreign, listed, samplers, strategies }
     }
 
     /// All plugins by kind and id, and files that are no manifests. Loads nothing.
@@ -318,11 +301,9 @@ impl Plugins {
         })
     }
 
-    /// Whether a library that does not come with this release is open in this process.
+    /// Whether a library that does not come with this release was opened in this process.
     fn has_foreign_code(&self) -> bool {
-        let open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let ours = |library: &Library| OURS.contains(&library.name()) && library.version() == env!("CARGO_PKG_VERSION");
-        !open.values().all(ours)
+        self.foreign.load(Ordering::Relaxed)
     }
 
     fn find(&self, kind: PluginKind, id: &str) -> Result<Found> {
@@ -423,6 +404,9 @@ impl Plugins {
             return Err(incompatible("its library changed just now: try again".to_owned()));
         }
         scan::check(&library, found).map_err(incompatible)?;
+        if library.version() != env!("CARGO_PKG_VERSION") || !discover::is_ours(&found.path) {
+            self.foreign.store(true, Ordering::Relaxed);
+        }
         open.insert(loaded, library);
         Ok(library)
     }
@@ -457,22 +441,5 @@ pub fn serve_hidden_command(arguments: &[std::ffi::OsString]) -> Option<u8> {
         [command, manifest] if command == worker::child::COMMAND => Some(worker::child::serve(manifest.as_ref())),
         [command, one @ ..] if command == check::COMMAND => Some(blocklora_check::run_one(one)),
         _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn ours_are_those_of_the_tree() {
-        let mut names: Vec<String> = discover::search(&discover::source_tree())
-            .found
-            .into_values()
-            .map(|found| found.manifest.full_name())
-            .collect();
-        names.sort();
-        assert_eq!(names, OURS);
     }
 }

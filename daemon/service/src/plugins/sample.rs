@@ -12,6 +12,7 @@ use send_wrapper::SendWrapper;
 use super::artefacts::Artefacts;
 use super::merge::failed;
 use super::running::{Place, inside, outside};
+use super::stop::Stop;
 
 pub struct PluginSampler {
     pub id: String,
@@ -61,6 +62,9 @@ pub struct QuietJob {
     /// Where what a plugin hands over goes; none where it is not run for a job.
     artefacts: Option<Arc<Artefacts>>,
     cancelled: AtomicBool,
+    /// Whether the job is to end, where the plugin works without asking the engine, which would say so. Others learn it
+    /// from the engine, so that a training has written its checkpoint before.
+    stop: Option<Stop>,
     /// The engine's own error behind one that a plugin passes on.
     cause: Mutex<Option<Error>>,
 }
@@ -68,7 +72,12 @@ pub struct QuietJob {
 impl QuietJob {
     pub fn new(seed: u64) -> Self {
         let artefacts = Artefacts::current();
-        Self { seed, artefacts, cancelled: AtomicBool::default(), cause: Mutex::default() }
+        Self { seed, artefacts, cancelled: AtomicBool::default(), stop: None, cause: Mutex::default() }
+    }
+
+    /// For work without random numbers that asks the engine for nothing.
+    pub fn until(stop: Option<Stop>) -> Self {
+        Self { stop, ..Self::new(0) }
     }
 
     fn cause(&self) -> MutexGuard<'_, Option<Error>> {
@@ -108,7 +117,7 @@ impl QuietJob {
 impl Job for QuietJob {
     fn progress(&self, _done: u64, _total: u64) {}
     fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+        self.cancelled.load(Ordering::Relaxed) || self.stop.as_ref().is_some_and(|stop| stop())
     }
     fn log(&self, level: LogLevel, message: &str) {
         match level {

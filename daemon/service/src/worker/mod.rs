@@ -16,12 +16,13 @@ use blocklora_engine::merge::MergeReport;
 
 use crate::daemon::Daemon;
 use crate::dbus::value::{Dict, dict, own};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::jobs::queue::{Control, Next};
 use crate::jobs::work::{Set, Work};
 use crate::jobs::{Job, ResultFile};
 use crate::memfd;
 use crate::plugins::artefacts::Artefacts;
+use crate::plugins::stop;
 use resident::Residents;
 
 /// How often the worker looks for models to unload when nothing else happens.
@@ -78,14 +79,20 @@ impl Worker {
             Work::Train(train) => Artefacts::in_folder(train.folder.join("artefacts")),
             _ => Artefacts::default(),
         });
+        let stop = {
+            let job = job.clone();
+            Arc::new(move || job.stop_requested().is_some())
+        };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let done = artefacts.during(|| self.execute(job, work))?;
+            let done = stop::during(stop, || artefacts.during(|| self.execute(job, work)))?;
             done.map(|done| with_artefacts(done, &artefacts)).transpose()
         }));
         let outcome = match outcome {
             // It goes on beside the device.
             Ok(Ok(None)) => return,
             Ok(Ok(Some(done))) => Ok(done),
+            // A method only knows that it was to end.
+            Ok(Err(error)) if error.kind == Kind::Cancelled && job.stop_requested().is_some() => Err(job.stop_error()),
             Ok(Err(error)) => Err(error),
             Err(_) => {
                 // What is merged into the models may be anything.

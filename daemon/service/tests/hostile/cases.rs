@@ -68,6 +68,7 @@ pub fn cases() -> Vec<Case> {
         (Merge, "honest", Ends::Well),
         (Merge, "dense", Ends::Well),
         (Merge, "twice", Ends::Well),
+        (Merge, "plans-for-long", Ends::Well),
         (Merge, "tiles", Ends::Well),
         (Merge, "panic-check", Ends::Refused("no settings today", "report it to the plugin's author")),
         (Merge, "panic-drop", Ends::Refused("no farewell today", "report it to the plugin's author")),
