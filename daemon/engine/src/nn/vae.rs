@@ -13,7 +13,7 @@ use crate::ops;
 const EPS: f64 = 1e-6;
 
 /// Elements of a feature map beside which memory that is kept for later counts, and the time of getting it anew does not.
-const LARGE: usize = 1 << 23;
+const LARGE: usize = 1 << 25;
 
 /// Single-head attention over the pixels of the middle block.
 #[derive(Clone, Debug)]
