@@ -123,5 +123,5 @@ fn find(used: &AdapterUse, places: &[PathBuf]) -> PathBuf {
 fn digest(path: &Path) -> Option<String> {
     let mut hash = Sha256::new();
     std::io::copy(&mut std::fs::File::open(path).ok()?, &mut hash).ok()?;
-    Some(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Some(blocklora_engine::weights::hex(&hash.finalize()))
 }

@@ -37,6 +37,12 @@ fn handed_over(place: &str) -> BTreeMap<String, Vec<u8>> {
     named.into_iter().collect()
 }
 
+/// A job that merges this adapter by the hostile strategy.
+async fn merge(client: &Client, adapter: &str) -> OwnedObjectPath {
+    let parts = ("hostile", common::entries_of(&[(adapter, 1.0)]), Dict::new());
+    client.call(ROOT, "Manager", "Merge", &parts).await.unwrap()
+}
+
 #[tokio::test]
 async fn artefacts_come_behind_the_results_of_each_kind() {
     for isolation in ["in-process", "worker"] {
@@ -55,8 +61,7 @@ async fn artefacts_come_behind_the_results_of_each_kind() {
         let job = client.generate("/", params, dict([("formats", vec!["png".to_owned()].into())])).await.unwrap();
         assert_eq!(files(&client, &job).await, (vec!["image/png".to_owned()], handed_over("sample")), "{isolation}");
 
-        let parts = ("hostile", common::entries_of(&[(&milo, 1.0)]), Dict::new());
-        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        let job = merge(&client, &milo).await;
         assert_eq!(files(&client, job.as_str()).await, (vec![], handed_over("plan")), "{isolation}");
 
         // Another job has none of them, and a name that leads elsewhere is an error of the plugin.
@@ -78,8 +83,7 @@ async fn a_plan_that_takes_long_ends_with_its_job() {
         let client = daemon.client().await;
         let milo = stub::adapter(&client, "milo").await;
         hostile.set_mode("plans-for-long");
-        let parts = ("hostile", common::entries_of(&[(&milo, 1.0)]), Dict::new());
-        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        let job = merge(&client, &milo).await;
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         client.call::<_, ()>(job.as_str(), "Job", "Cancel", &("", Dict::new())).await.unwrap();
         let ended = tokio::time::timeout(std::time::Duration::from_secs(60), client.wait(job.as_str())).await;
@@ -87,7 +91,7 @@ async fn a_plan_that_takes_long_ends_with_its_job() {
         assert!(error.contains("Cancelled"), "{isolation}: {error}");
         // The plugin did nothing wrong, and the model is free for the next.
         hostile.set_mode("");
-        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        let job = merge(&client, &milo).await;
         client.wait(job.as_str()).await.unwrap();
     }
 }

@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blocklora_engine::merge::strategy::{AdapterView, Coefficients, Factors, LayerInfo, LayerPlan};
@@ -184,15 +184,21 @@ fn a_deleted_plugin_is_gone_and_nothing_else() {
     host.strategy("blocklora", &Value::Null).unwrap();
 }
 
+/// The plugin sample-ddim in a folder of its own: that, the manifest, the library.
+fn install_ddim(folder: &tempfile::TempDir) -> (PathBuf, PathBuf, PathBuf) {
+    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
+    let installed = folder.path().join("installed");
+    std::fs::create_dir(&installed).unwrap();
+    let (manifest, library) = (installed.join("sample-ddim.toml"), installed.join("libsample_ddim.so"));
+    std::fs::copy(&found.path, &manifest).unwrap();
+    std::fs::copy(&found.library, &library).unwrap();
+    (installed, manifest, library)
+}
+
 #[test]
 fn a_quarantine_holds_until_it_is_lifted_or_the_file_changes() {
     let folder = tempfile::tempdir().unwrap();
-    let installed = folder.path().join("installed");
-    std::fs::create_dir(&installed).unwrap();
-    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
-    let library = installed.join("libsample_ddim.so");
-    std::fs::copy(&found.path, installed.join("sample-ddim.toml")).unwrap();
-    std::fs::copy(&found.library, &library).unwrap();
+    let (installed, _, library) = install_ddim(&folder);
     let host = host(&folder, |options| options.folders = vec![installed.clone()]);
     host.set_quarantine(PluginKind::Sample, "ddim", Some("crashed (segmentation fault) when it was loaded")).unwrap();
     let again = support::host(&folder, |options| options.folders = vec![installed.clone()]);
@@ -232,12 +238,7 @@ fn worker_of(manifest: &Path) -> (rustix::process::Pid, i32) {
 #[test]
 fn who_ends_a_worker_from_outside_does_not_quarantine_its_plugin() {
     let folder = tempfile::tempdir().unwrap();
-    let installed = folder.path().join("installed");
-    std::fs::create_dir(&installed).unwrap();
-    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
-    let manifest = installed.join("sample-ddim.toml");
-    std::fs::copy(&found.path, &manifest).unwrap();
-    std::fs::copy(&found.library, installed.join("libsample_ddim.so")).unwrap();
+    let (installed, manifest, _) = install_ddim(&folder);
     let host = host(&folder, |options| {
         options.folders = vec![installed.clone()];
         options.isolation = Isolation::Worker;
@@ -259,17 +260,15 @@ fn who_ends_a_worker_from_outside_does_not_quarantine_its_plugin() {
 #[test]
 fn the_manifest_says_what_the_library_was_built_for() {
     let folder = tempfile::tempdir().unwrap();
-    let found = plugins().list().0.into_iter().find(|e| e.found.manifest.full_name() == "sample-ddim").unwrap().found;
-    let copy = |from: &Path, name: &str| {
-        // Both texts, that of the file and that in the library.
-        let mut bytes = std::fs::read(from).unwrap();
+    let (installed, manifest, library) = install_ddim(&folder);
+    // Both texts, that of the file and that in the library.
+    for file in [manifest, library] {
+        let mut bytes = std::fs::read(&file).unwrap();
         let at = bytes.windows(11).position(|window| window == b"abi = \"1.1\"").unwrap();
         bytes[at + 9] = b'0';
-        std::fs::write(folder.path().join(name), bytes).unwrap();
-    };
-    copy(&found.path, "sample-ddim.toml");
-    copy(&found.library, "libsample_ddim.so");
-    let host = host(&folder, |options| options.folders = vec![folder.path().to_owned()]);
+        std::fs::write(file, bytes).unwrap();
+    }
+    let host = host(&folder, |options| options.folders = vec![installed]);
     let error = host.sampler("ddim", &Value::Null).map(drop).unwrap_err().to_string();
     assert!(error.contains("built for ABI 1.1") && error.contains("abi = \"1.0\""), "{error}");
 }

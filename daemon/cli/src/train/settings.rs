@@ -56,5 +56,5 @@ pub fn fingerprint(
         hash.update(std::fs::read(path).with_context(|| path.display().to_string())?);
         hash.update(caption.as_deref().unwrap_or("\0"));
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(blocklora_engine::weights::hex(&hash.finalize()))
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use blocklora_engine::weights::hex;
 use sha2::{Digest, Sha256};
 
 use super::Daemon;
@@ -142,8 +143,7 @@ fn kept_name(work: &Train, data_digest: &str) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(data_digest);
     hash.update(text);
-    let key: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("{key}.checkpoint"))
+    Ok(format!("{}.checkpoint", hex(&hash.finalize())))
 }
 
 fn is_kept_name(name: &str) -> bool {

@@ -40,11 +40,7 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, met
                 call.authorize("manage-models").await?;
             }
             if remove {
-                call.blocking(move |daemon| {
-                    daemon.catalogue.lasting()?;
-                    daemon.catalogue.remove_adapter(&digest)
-                })
-                .await?;
+                call.remembering(move |daemon| daemon.catalogue.remove_adapter(&digest)).await?;
             }
             call.daemon.hide_adapter(&adapter.entry.digest, &call.caller.client);
             call.reply(method, &())

@@ -197,6 +197,14 @@ impl Call {
         done.map_err(|_| Error::failed("a bug in the daemon, see its log"))?
     }
 
+    /// As [`Self::blocking`], for what must be remembered: refused while the state folder cannot be written.
+    pub async fn remembering<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Daemon) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.blocking(move |daemon| daemon.catalogue.lasting().and_then(|()| work(daemon))).await
+    }
+
     /// Whether the caller may do `action`.
     pub async fn authorize(&self, action: &str) -> Result<()> {
         let interactive = self.message.primary_header().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);

@@ -39,11 +39,8 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                 call.blocking(move |daemon| daemon.add_loose(file, &name, &owner)).await?
             } else {
                 call.authorize("manage-models").await?;
-                let entry = call.blocking(move |daemon| {
-                    daemon.catalogue.lasting()?;
-                    daemon.catalogue.import(file, &name)
-                });
-                show(&call.daemon, entry.await?, Some(call.caller.uid))
+                let entry = call.remembering(move |daemon| daemon.catalogue.import(file, &name)).await?;
+                show(&call.daemon, entry, Some(call.caller.uid))
             };
             call.reply(method, &object_path(&path))
         }
@@ -80,11 +77,7 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                 return Err(Error::new(Kind::DeviceBusy, format!("model {id:?} is loaded; unload it first")).into());
             }
             let path = model.object_path();
-            call.blocking(move |daemon| {
-                daemon.catalogue.lasting()?;
-                daemon.catalogue.remove_model(&id)
-            })
-            .await?;
+            call.remembering(move |daemon| daemon.catalogue.remove_model(&id)).await?;
             call.daemon.remove_object(&path);
             call.reply(method, &())
         }
@@ -235,11 +228,7 @@ async fn register_model(call: &Call, method: &Method) -> Answer {
         return Err(Error::option(message).into());
     }
     let entry = ModelEntry { id: id.clone(), path: path.clone(), ..ModelEntry::default() };
-    call.blocking(move |daemon| {
-        daemon.catalogue.lasting()?;
-        daemon.catalogue.put_model(&entry)
-    })
-    .await?;
+    call.remembering(move |daemon| daemon.catalogue.put_model(&entry)).await?;
     let object = call.daemon.add_model(&id, path, false, None);
     call.reply(method, &object_path(&object))
 }

@@ -68,8 +68,7 @@ pub async fn lease(call: &Call, method: &Method) -> Answer {
     let expires = if span == 0 { 0 } else { now_usec().saturating_add(span).min(i64::MAX as u64) };
     let uid = call.caller.uid;
     let lease = call
-        .blocking(move |daemon| {
-            daemon.catalogue.lasting()?;
+        .remembering(move |daemon| {
             let base = base_digest(daemon, &model)?;
             let claim = Claim { training: None, name: &name, uid, expires_usec: expires };
             daemon.catalogue.lease(&base, &partition, slot, &claim)
@@ -100,10 +99,6 @@ pub async fn release(call: &Call, method: &Method) -> Answer {
         let message = format!("the lease {id} is the training's that job {} is: cancel the job instead", job.id);
         return Err(Error::option(message).into());
     }
-    call.blocking(move |daemon| {
-        daemon.catalogue.lasting()?;
-        daemon.catalogue.release(&id)
-    })
-    .await?;
+    call.remembering(move |daemon| daemon.catalogue.release(&id)).await?;
     call.reply(method, &())
 }

@@ -80,8 +80,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
     let uid = call.caller.uid;
     let job = call
-        .blocking(move |daemon| {
-            daemon.catalogue.lasting()?;
+        .remembering(move |daemon| {
             // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
             let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
             let request = TrainRequest {

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use blocklora_sdk::{Code, Error, Result};
 
+use super::current;
+
 /// Artefacts of one job.
 const COUNT_MAX: usize = 32;
 /// Bytes of all artefacts of one job.
@@ -24,8 +26,7 @@ pub struct Artefacts {
 }
 
 thread_local! {
-    /// Those of the job that this thread works on. Between a job and the plugin that works for it is the engine, which
-    /// knows no artefacts.
+    /// Those of the job that this thread works on.
     static CURRENT: RefCell<Option<Arc<Artefacts>>> = const { RefCell::new(None) };
 }
 
@@ -54,14 +55,7 @@ impl Artefacts {
 
     /// Does some work of the job on this thread: what plugins hand over meanwhile is kept here.
     pub fn during<T>(self: &Arc<Self>, work: impl FnOnce() -> T) -> T {
-        struct Restore(Option<Arc<Artefacts>>);
-        impl Drop for Restore {
-            fn drop(&mut self) {
-                CURRENT.set(self.0.take());
-            }
-        }
-        let _restore = Restore(CURRENT.replace(Some(self.clone())));
-        work()
+        current::during(&CURRENT, self.clone(), work)
     }
 
     /// Keeps `bytes` as `name`, instead of those of that name before.

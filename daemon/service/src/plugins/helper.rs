@@ -101,7 +101,7 @@ pub fn death(status: ExitStatus) -> String {
     match status.signal() {
         Some(11) => "crashed (segmentation fault)".into(),
         Some(6) => "crashed (aborted)".into(),
-        Some(signal) if was_ended(status) => format!("was killed (signal {signal})"),
+        Some(signal) if was_ended(status) => format!("was killed (signal {signal}) by somebody or for want of memory"),
         Some(signal) => format!("crashed (signal {signal})"),
         None => format!("ended its process (exit status {})", status.code().unwrap_or(-1)),
     }

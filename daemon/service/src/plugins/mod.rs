@@ -7,6 +7,7 @@
 
 pub mod artefacts;
 pub mod check;
+mod current;
 pub mod discover;
 mod error;
 mod helper;

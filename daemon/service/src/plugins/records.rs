@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use blocklora_engine::weights::hex;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -42,12 +43,26 @@ pub struct Record {
     pub deaths: u32,
 }
 
-/// A file whose digest is known as long as it looks the same.
+/// What changes when a file is replaced or written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Seen {
+struct Looks {
     bytes: u64,
     modified: (i64, i64),
     inode: u64,
+}
+
+impl Looks {
+    fn of(path: &Path) -> std::io::Result<Self> {
+        let meta = std::fs::metadata(path)?;
+        Ok(Self { bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()), inode: meta.ino() })
+    }
+}
+
+/// A file whose digest is known as long as it looks the same.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Seen {
+    #[serde(flatten)]
+    looks: Looks,
     digest: String,
 }
 
@@ -68,7 +83,7 @@ pub struct Records {
 #[derive(Debug, Default)]
 struct Known {
     state: State,
-    looks: Option<(u64, i64, i64)>,
+    looks: Option<Looks>,
 }
 
 impl Records {
@@ -80,16 +95,13 @@ impl Records {
 
     /// SHA-256 of the file in hex; read again only if the file looks different from last time.
     pub fn digest(&self, path: &Path) -> std::io::Result<String> {
-        let meta = std::fs::metadata(path)?;
-        let looks =
-            |digest| Seen { bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()), inode: meta.ino(), digest };
-        if let Some(seen) = self.lock().state.files.get(path)
-            && *seen == looks(seen.digest.clone())
-        {
+        let looks = Looks::of(path)?;
+        if let Some(seen) = self.lock().state.files.get(path).filter(|seen| seen.looks == looks) {
             return Ok(seen.digest.clone());
         }
         let digest = digest_of(&mut File::open(path)?)?;
-        self.change(|state| drop(state.files.insert(path.to_owned(), looks(digest.clone()))));
+        let seen = Seen { looks, digest: digest.clone() };
+        self.change(|state| drop(state.files.insert(path.to_owned(), seen)));
         Ok(digest)
     }
 
@@ -111,7 +123,7 @@ impl Records {
     /// What is known, read again where another process has written it.
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         let mut known = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let looks = looks(&self.path);
+        let looks = Looks::of(&self.path).ok();
         if looks.is_some() && looks != known.looks {
             *known = Known { state: read(&self.path), looks };
         }
@@ -133,7 +145,7 @@ impl Records {
         {
             tracing::warn!("{}: {error}", self.path.display());
         }
-        known.looks = looks(&self.path);
+        known.looks = Looks::of(&self.path).ok();
         drop(lock);
     }
 
@@ -144,12 +156,6 @@ impl Records {
         flock(&file, FlockOperation::LockExclusive).ok()?;
         Some(file)
     }
-}
-
-/// What changes whenever the file is replaced: its inode and the time of its last change.
-fn looks(path: &Path) -> Option<(u64, i64, i64)> {
-    let meta = std::fs::metadata(path).ok()?;
-    Some((meta.ino(), meta.mtime(), meta.mtime_nsec()))
 }
 
 fn read(path: &Path) -> State {
@@ -166,7 +172,7 @@ pub fn digest_of(file: &mut File) -> std::io::Result<String> {
             n => hash.update(&buffer[..n]),
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hash.finalize()))
 }
 
 #[cfg(test)]

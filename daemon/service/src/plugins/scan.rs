@@ -131,10 +131,7 @@ pub fn scan_in_helper(records: &Records, digest: &str, found: &Found, limit: Dur
         },
         End::Exited(status, ..) if helper::was_ended(status) => {
             let name = found.manifest.full_name();
-            let reason = format!(
-                "{} while it was looked at, by somebody or for want of memory, not by itself: try again",
-                helper::death(status)
-            );
+            let reason = format!("{} when it was loaded: try again", helper::death(status));
             return Err(PluginError::Crashed { name, reason });
         }
         End::Exited(status, ..) => format!("{} when it was loaded", helper::death(status)),

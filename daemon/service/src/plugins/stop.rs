@@ -1,8 +1,9 @@
-//! Whether the job that this thread works on is to end. Between a job and a strategy that plans for it is the engine, which
-//! asks nobody meanwhile.
+//! Whether the job that this thread works on is to end, for strategies: while they plan, the engine asks nobody.
 
 use std::cell::RefCell;
 use std::sync::Arc;
+
+use super::current;
 
 /// Says whether a job is to end.
 pub type Stop = Arc<dyn Fn() -> bool + Send + Sync>;
@@ -18,12 +19,5 @@ pub fn current() -> Option<Stop> {
 
 /// Does some work of the job that `stop` speaks of on this thread.
 pub fn during<T>(stop: Stop, work: impl FnOnce() -> T) -> T {
-    struct Restore(Option<Stop>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            CURRENT.set(self.0.take());
-        }
-    }
-    let _restore = Restore(CURRENT.replace(Some(stop)));
-    work()
+    current::during(&CURRENT, stop, work)
 }

@@ -231,7 +231,7 @@ impl Worker {
         };
         let Accounts { records, digest, name } = &self.accounts;
         if status.is_some_and(helper::was_ended) {
-            return format!("{reason}, by somebody or for want of memory, not by itself: start the job again");
+            return format!("{reason}: start the job again");
         }
         records.update(digest, |record| {
             record.crashes += 1;
