@@ -129,9 +129,12 @@ impl Daemon {
         self.config.read().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
-    /// Reads the configuration again as the start did; an error leaves the old one in force.
+    /// Reads the configuration again as the start did; an error leaves the old one in force. The log says what happened:
+    /// who runs `systemctl reload` is told no more than that it failed.
     pub fn reload(&self) -> Result<()> {
-        let (config, files) = (self.read_config)()?;
+        let read = (self.read_config)();
+        let (config, files) =
+            read.inspect_err(|error| tracing::error!("the configuration stays as it was: {error}"))?;
         if config.models.device != self.config().models.device {
             tracing::warn!("models.device = {:?} counts from the next start", config.models.device);
         }
@@ -140,6 +143,7 @@ impl Daemon {
         self.set_wait_max();
         self.add_configured_models();
         self.touch(ROOT);
+        tracing::info!("configuration read again");
         Ok(())
     }
 
