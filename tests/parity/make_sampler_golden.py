@@ -133,6 +133,8 @@ RUNS = {
     "dpmpp-2m": dpmpp_2m(),
     "dpmpp-2m 9 steps": dpmpp_2m(9),
     "dpmpp-2m linspace": dpmpp_2m(timestep_spacing="linspace"),
+    "dpmpp-2m linspace 30 steps": dpmpp_2m(30, timestep_spacing="linspace"),
+    "dpmpp-2m trailing 48 steps": dpmpp_2m(48, timestep_spacing="trailing"),
     "dpmpp-2m trailing": dpmpp_2m(timestep_spacing="trailing"),
     "dpmpp-2m-karras": dpmpp_2m(use_karras_sigmas=True),
     "dpmpp-2m-sde": dpmpp_2m_sde(),
@@ -156,6 +158,27 @@ RUNS = {
 }
 
 
+def timesteps_digest(scheduler_class, spacing, trained, steps):
+    """FNV-1a over the timesteps of every number of steps, one 64-bit word each."""
+    digest = 0xCBF29CE484222325
+    config = {**STABLE_DIFFUSION, "num_train_timesteps": trained, "steps_offset": 0, "timestep_spacing": spacing}
+    scheduler = scheduler_class(**config)
+    for count in steps:
+        scheduler.set_timesteps(count)
+        for timestep in scheduler.timesteps.tolist():
+            digest = (digest ^ int(timestep)) * 0x100000001B3 % 2**64
+    return f"{digest:016x}"
+
+
+# Multistep solvers need two steps; those of few steps may visit one timestep twice, which ours refuse.
+TIMESTEPS = {
+    f"{name} {spacing} {trained}": timesteps_digest(scheduler_class, spacing, trained, range(2, trained - 1))
+    for name, scheduler_class in [("one-step", DDIMScheduler), ("multistep", DPMSolverMultistepScheduler)]
+    for spacing in ["leading", "linspace", "trailing"]
+    for trained in [1000, 100]
+}
+
+
 def rows(tensors):
     return [[round(v, 6) for v in tensor.tolist()] for tensor in tensors]
 
@@ -165,6 +188,7 @@ golden = {
     "deviation": [round(v, 6) for v in DEVIATION.tolist()],
     "start": START.tolist(),
     "noise": rows(NOISE),
+    "timesteps": TIMESTEPS,
     "runs": {name: rows(latents) for name, latents in RUNS.items()},
 }
 folder = pathlib.Path(__file__).resolve().parent.parent / "golden"

@@ -13,14 +13,13 @@ fn equals_diffusers() {
     let golden = SamplerGolden::open(Path::new(path)).unwrap();
     check_sampler(&golden, "dpmpp-2m", &DpmSolverPlusPlus2M::default(), |_| ()).unwrap();
     check_sampler(&golden, "dpmpp-2m 9 steps", &DpmSolverPlusPlus2M::default(), |_| ()).unwrap();
-    check_sampler(&golden, "dpmpp-2m linspace", &DpmSolverPlusPlus2M::default(), |s| {
-        s.spacing = TimestepSpacing::Linspace
-    })
-    .unwrap();
-    check_sampler(&golden, "dpmpp-2m trailing", &DpmSolverPlusPlus2M::default(), |s| {
-        s.spacing = TimestepSpacing::Trailing
-    })
-    .unwrap();
+    let spaced = |name: &str, spacing| {
+        check_sampler(&golden, name, &DpmSolverPlusPlus2M::default(), |s| s.spacing = spacing).unwrap();
+    };
+    spaced("dpmpp-2m linspace", TimestepSpacing::Linspace);
+    spaced("dpmpp-2m linspace 30 steps", TimestepSpacing::Linspace);
+    spaced("dpmpp-2m trailing", TimestepSpacing::Trailing);
+    spaced("dpmpp-2m trailing 48 steps", TimestepSpacing::Trailing);
     check_sampler(&golden, "dpmpp-2m-karras", &DpmSolverPlusPlus2M { karras: true }, |_| ()).unwrap();
 }
 

@@ -6,6 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::sample::TimestepSpacing;
+
 /// What a plugin does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -78,6 +80,9 @@ pub struct Manifest {
     /// The laws that it keeps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub laws: Vec<Law>,
+    /// Samplers: how timesteps are spaced on a model whose folder does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestep_spacing: Option<TimestepSpacing>,
     /// Other names that users know the method by, each with the settings that it stands for: `dpmpp-2m-karras = { karras
     /// = true }`. What a user sets beside such a name comes on top. Unique among the ids of its kind, too.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -129,6 +134,9 @@ impl Manifest {
         if !(1..=1 << 20).contains(&self.memory_mib) {
             return Err(format!("memory_mib = {}: must be 1 to 1048576", self.memory_mib));
         }
+        if self.timestep_spacing.is_some() && self.kind != PluginKind::Sample {
+            return Err("timestep_spacing: only samplers have one".into());
+        }
         let of = |law: &Law| if *law == Law::Converges { PluginKind::Sample } else { PluginKind::Merge };
         if let Some(law) = self.laws.iter().find(|law| of(law) != self.kind) {
             return Err(format!("laws: {law:?} is a law of kind \"{}\", not \"{}\"", of(law), self.kind));
@@ -162,6 +170,7 @@ mod tests {
     #[test]
     fn every_wrong_field_is_named() {
         manifest("aliases", json!({"heun-karras": {"karras": true}})).unwrap();
+        manifest("timestep_spacing", json!("linspace")).unwrap();
         for (key, value) in [
             ("id", json!("Heun")),
             ("abi", json!("1")),
@@ -170,6 +179,7 @@ mod tests {
             ("summary", json!("two\nlines")),
             ("memory_mib", json!(0)),
             ("laws", json!(["order"])),
+            ("timestep_spacing", json!("even")),
             ("aliases", json!({"heun": {}})),
             ("aliases", json!({"heun-karras": true})),
             ("colour", json!("red")),

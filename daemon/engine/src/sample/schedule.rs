@@ -4,10 +4,9 @@ use crate::error::{Error, Result};
 
 /// How inference timesteps are spread over the training ones (`timestep_spacing`; Lin et al., "Common diffusion noise
 /// schedules and sample steps are flawed", 2024, table 2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimestepSpacing {
     /// Multiples of a whole stride, counted up from 0; what Stable Diffusion's schedulers use.
-    #[default]
     Leading,
     /// Evenly from the last timestep down to 0, both included.
     Linspace,
@@ -24,37 +23,36 @@ pub struct NoiseSchedule {
     pub steps_offset: usize,
     /// Whether the step after the last one uses alpha_cumprod = 1 (`set_alpha_to_one`), else alphas_cumprod\[0\].
     pub set_alpha_to_one: bool,
-    /// `timestep_spacing` of the scheduler config.
-    pub spacing: TimestepSpacing,
+    /// `timestep_spacing` of the scheduler config; none: each sampler's own.
+    pub spacing: Option<TimestepSpacing>,
 }
 
 impl NoiseSchedule {
-    /// The schedule of the per-step variances `betas`, each in (0, 1); offset 0, leading spacing, `set_alpha_to_one`.
-    pub fn from_betas(betas: &[f32]) -> Result<Self> {
+    /// The schedule of the per-step variances `betas`, each in 0..1 and at least one; offset 0, `set_alpha_to_one`.
+    pub fn from_betas(betas: &[f64]) -> Result<Self> {
         if betas.is_empty() {
             return Err(Error::option("betas", "[]", "a schedule needs at least one timestep"));
         }
-        let mut product = 1.0_f64;
-        let mut alphas_cumprod = Vec::with_capacity(betas.len());
-        for (t, &beta) in betas.iter().enumerate() {
-            if !(beta > 0.0 && beta < 1.0) {
-                return Err(Error::option(format!("betas[{t}]"), beta, "must lie between 0 and 1"));
-            }
-            product *= (1.0 - beta) as f64;
-            alphas_cumprod.push(product as f32);
+        if let Some(t) = betas.iter().position(|beta| !(0.0..1.0).contains(beta)) {
+            return Err(Error::option(format!("betas[{t}]"), betas[t], "must lie in 0..1"));
         }
-        Ok(Self { alphas_cumprod, steps_offset: 0, set_alpha_to_one: true, spacing: TimestepSpacing::Leading })
+        let signal = |product: &mut f64, beta: &f64| {
+            *product *= 1.0 - beta;
+            Some(*product as f32)
+        };
+        let alphas_cumprod = betas.iter().scan(1.0, signal).collect();
+        Ok(Self { alphas_cumprod, steps_offset: 0, set_alpha_to_one: true, spacing: None })
     }
 
     /// Betas evenly spaced from `start` to `end` (`beta_schedule` = "linear"; DDPM, section 4).
-    pub fn linear(start: f32, end: f32, num_train_timesteps: usize) -> Result<Self> {
-        Self::from_betas(&linspace(start as f64, end as f64, num_train_timesteps))
+    pub fn linear(start: f64, end: f64, num_train_timesteps: usize) -> Result<Self> {
+        Self::from_betas(&linspace(start, end, num_train_timesteps))
     }
 
     /// Square roots of betas evenly spaced (`beta_schedule` = "scaled_linear"; latent diffusion, Stable Diffusion).
-    pub fn scaled_linear(start: f32, end: f32, num_train_timesteps: usize) -> Result<Self> {
-        let roots = linspace((start as f64).sqrt(), (end as f64).sqrt(), num_train_timesteps);
-        Self::from_betas(&roots.iter().map(|root| root * root).collect::<Vec<_>>())
+    pub fn scaled_linear(start: f64, end: f64, num_train_timesteps: usize) -> Result<Self> {
+        let roots = linspace(start.sqrt(), end.sqrt(), num_train_timesteps);
+        Self::from_betas(&roots.into_iter().map(|root| root * root).collect::<Vec<_>>())
     }
 
     /// How many timesteps the model was trained on.
@@ -90,9 +88,9 @@ fn alpha_sigma(alpha_cumprod: f64) -> (f32, f32) {
     (alpha_cumprod.sqrt() as f32, (1.0 - alpha_cumprod).sqrt() as f32)
 }
 
-fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
+fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
     let step = (end - start) / (n.max(2) - 1) as f64;
-    (0..n).map(|i| (start + step * i as f64) as f32).collect()
+    (0..n).map(|i| start + step * i as f64).collect()
 }
 
 #[cfg(test)]
@@ -115,7 +113,7 @@ mod tests {
 
     #[test]
     fn bad_betas_are_refused() {
-        for betas in [&[][..], &[0.1, 0.0], &[1.0], &[f32::NAN]] {
+        for betas in [&[][..], &[0.1, -0.1], &[1.0], &[f64::NAN]] {
             assert!(NoiseSchedule::from_betas(betas).is_err(), "{betas:?}");
         }
     }

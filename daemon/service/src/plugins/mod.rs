@@ -243,6 +243,7 @@ impl Plugins {
             return Ok(sampler);
         }
         let key = wanted.key.clone();
+        let spacing = wanted.found.manifest.timestep_spacing.unwrap_or_default();
         let Method { name, algorithm, code } = self.method(wanted)?;
         let gone = code.gone();
         let (sampler, place): (Box<dyn AnySampler>, _) = match code {
@@ -252,7 +253,7 @@ impl Plugins {
             }
             Code::Worker(worker) => (worker, None),
         };
-        let sampler = Arc::new(sample::PluginSampler { id: algorithm.id, sampler, place }) as Arc<dyn Sampler>;
+        let sampler = Arc::new(sample::PluginSampler { id: algorithm.id, sampler, spacing, place }) as Arc<dyn Sampler>;
         self.samplers.put(key, &sampler, gone);
         Ok(sampler)
     }

@@ -17,6 +17,8 @@ use super::stop::Stop;
 pub struct PluginSampler {
     pub id: String,
     pub sampler: Box<dyn sdk::AnySampler>,
+    /// On a model that does not say it.
+    pub spacing: sdk::TimestepSpacing,
     /// In this process.
     pub place: Option<Place>,
 }
@@ -29,7 +31,7 @@ impl Sampler for PluginSampler {
     fn sample(&self, denoiser: &mut dyn Denoiser, latents: &mut [f32], steps: usize) -> Result<()> {
         let mut host = Host {
             job: QuietJob::new(denoiser.seed()),
-            schedule: schedule(denoiser.schedule()),
+            schedule: schedule(denoiser.schedule(), self.spacing),
             denoiser: SendWrapper::new(denoiser),
             place: self.place.as_ref(),
             steps_done: 0,
@@ -43,15 +45,16 @@ impl Sampler for PluginSampler {
     }
 }
 
-fn schedule(schedule: &engine::NoiseSchedule) -> sdk::NoiseSchedule {
+fn schedule(schedule: &engine::NoiseSchedule, spacing: sdk::TimestepSpacing) -> sdk::NoiseSchedule {
     sdk::NoiseSchedule {
         alphas_cumprod: schedule.alphas_cumprod.clone(),
         steps_offset: schedule.steps_offset,
         set_alpha_to_one: schedule.set_alpha_to_one,
         spacing: match schedule.spacing {
-            engine::TimestepSpacing::Leading => sdk::TimestepSpacing::Leading,
-            engine::TimestepSpacing::Linspace => sdk::TimestepSpacing::Linspace,
-            engine::TimestepSpacing::Trailing => sdk::TimestepSpacing::Trailing,
+            None => spacing,
+            Some(engine::TimestepSpacing::Leading) => sdk::TimestepSpacing::Leading,
+            Some(engine::TimestepSpacing::Linspace) => sdk::TimestepSpacing::Linspace,
+            Some(engine::TimestepSpacing::Trailing) => sdk::TimestepSpacing::Trailing,
         },
     }
 }

@@ -1,10 +1,13 @@
 //! The training noise schedule, and which of its timesteps a sampler visits.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// How inference timesteps are spread over the training ones (`timestep_spacing`; Lin et al., "Common diffusion noise
 /// schedules and sample steps are flawed", 2024, table 2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum TimestepSpacing {
     /// Multiples of a whole stride, counted up from 0; what Stable Diffusion's schedulers use.
     #[default]
@@ -24,7 +27,7 @@ pub struct NoiseSchedule {
     pub steps_offset: usize,
     /// Whether the step after the last one uses alpha_cumprod = 1 (`set_alpha_to_one`), else alphas_cumprod\[0\].
     pub set_alpha_to_one: bool,
-    /// `timestep_spacing` of the scheduler config.
+    /// `timestep_spacing` of the model's scheduler config, or what the sampler's manifest says where the model says none.
     pub spacing: TimestepSpacing,
 }
 
@@ -91,6 +94,9 @@ impl NoiseSchedule {
     }
 
     /// The `steps` timesteps to visit, falling. Fails unless 1 <= steps <= num_train_timesteps.
+    ///
+    /// Places between two timesteps are rounded to even as diffusers' are, by the same operations in the same order, so
+    /// that a place halfway is the same timestep there.
     pub fn timesteps(&self, steps: usize) -> Result<Vec<usize>> {
         let trained = self.num_train_timesteps();
         self.check_steps(steps, trained)?;
@@ -99,7 +105,7 @@ impl NoiseSchedule {
             TimestepSpacing::Leading => (steps - 1 - i) * (trained / steps) + self.steps_offset,
             TimestepSpacing::Linspace if steps == 1 => 0,
             TimestepSpacing::Linspace => {
-                ((steps - 1 - i) as f64 * last / (steps - 1) as f64).round_ties_even() as usize
+                ((steps - 1 - i) as f64 * (last / (steps - 1) as f64)).round_ties_even() as usize
             }
             TimestepSpacing::Trailing => trailing(trained, steps, i),
         };
@@ -116,7 +122,7 @@ impl NoiseSchedule {
         let last = (trained - 1) as f64;
         let spaced = |i: usize| match self.spacing {
             TimestepSpacing::Leading => (steps - i) * (trained / (steps + 1)) + self.steps_offset,
-            TimestepSpacing::Linspace => ((steps - i) as f64 * last / steps as f64).round_ties_even() as usize,
+            TimestepSpacing::Linspace => ((steps - i) as f64 * (last / steps as f64)).round_ties_even() as usize,
             TimestepSpacing::Trailing => trailing(trained, steps, i),
         };
         let timesteps: Vec<usize> = (0..steps).map(|i| spaced(i).min(trained - 1)).collect();
@@ -144,8 +150,11 @@ fn alpha_sigma(alpha_cumprod: f64) -> (f32, f32) {
     (alpha_cumprod.sqrt() as f32, (1.0 - alpha_cumprod).sqrt() as f32)
 }
 
+/// As `numpy.arange(trained, 0, -trained / steps)` has it: counted by the difference of its first two elements.
 fn trailing(trained: usize, steps: usize, i: usize) -> usize {
-    let t = (trained as f64 - i as f64 * (trained as f64 / steps as f64)).round_ties_even();
+    let first = trained as f64;
+    let difference = (first - first / steps as f64) - first;
+    let t = (first + i as f64 * difference).round_ties_even();
     (t as usize).saturating_sub(1)
 }
 
@@ -169,6 +178,35 @@ mod tests {
         assert_eq!((timesteps[0], timesteps[1], timesteps[19]), (951, 901, 1));
         let timesteps = stable_diffusion().multistep_timesteps(20).unwrap();
         assert_eq!((timesteps[0], timesteps[19]), (941, 48));
+    }
+
+    /// tests/parity/make_sampler_golden.py has digests of all of diffusers' timesteps.
+    #[test]
+    fn every_count_of_steps_visits_the_timesteps_that_diffusers_visits() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/samplers.json");
+        let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let digests = golden["timesteps"].as_object().unwrap();
+        assert_eq!(digests.len(), 12);
+        for (name, expected) in digests {
+            let [kind, spacing, trained] = name.split(' ').collect::<Vec<_>>().try_into().unwrap();
+            let spacing = match spacing {
+                "leading" => TimestepSpacing::Leading,
+                "linspace" => TimestepSpacing::Linspace,
+                _ => TimestepSpacing::Trailing,
+            };
+            let trained = trained.parse().unwrap();
+            let schedule =
+                NoiseSchedule { spacing, ..NoiseSchedule::scaled_linear(0.00085, 0.012, trained).unwrap() };
+            let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+            for steps in 2..trained - 1 {
+                let timesteps =
+                    if kind == "multistep" { schedule.multistep_timesteps(steps) } else { schedule.timesteps(steps) };
+                for t in timesteps.unwrap() {
+                    digest = (digest ^ t as u64).wrapping_mul(0x100_0000_01b3);
+                }
+            }
+            assert_eq!(*expected, format!("{digest:016x}"), "{name}");
+        }
     }
 
     #[test]

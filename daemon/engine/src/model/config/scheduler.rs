@@ -6,24 +6,6 @@ use super::Fields;
 use crate::error::Result;
 use crate::sample::{NoiseSchedule, TimestepSpacing};
 
-/// The schedulers of diffusers that space timesteps evenly from end to end unless told otherwise; with the others the
-/// default is "leading".
-const LINSPACE: &[&str] = &[
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-];
-
 /// What the UNet predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prediction {
@@ -56,31 +38,19 @@ impl SchedulerConfig {
         let end = fields.number_or("beta_end", 0.02)?;
         let trained: Option<Vec<f64>> = fields.take("trained_betas")?;
         let schedule: String = fields.or("beta_schedule", "linear".into())?;
-        let line = |start: f64, end: f64| -> Vec<f64> {
-            let step = (end - start) / (timesteps.max(2) - 1) as f64;
-            (0..timesteps).map(|t| start + step * t as f64).collect()
-        };
-        let betas = match (trained, schedule.as_str()) {
-            (Some(betas), _) => betas,
-            (None, "linear") => line(start, end),
-            (None, "scaled_linear") => line(start.sqrt(), end.sqrt()).into_iter().map(|root| root * root).collect(),
+        let made = match (trained, schedule.as_str()) {
+            (Some(betas), _) if betas.len() != timesteps => {
+                let reason = format!("{} values for {timesteps} timesteps", betas.len());
+                return Err(fields.invalid("trained_betas", reason));
+            }
+            (Some(betas), _) => NoiseSchedule::from_betas(&betas),
+            (None, "linear") => NoiseSchedule::linear(start, end, timesteps),
+            (None, "scaled_linear") => NoiseSchedule::scaled_linear(start, end, timesteps),
             (None, other) => {
                 return Err(fields.unsupported("beta_schedule", other, "linear and scaled_linear are"));
             }
         };
-        if betas.len() != timesteps {
-            return Err(fields.invalid("trained_betas", format!("{} values for {timesteps} timesteps", betas.len())));
-        }
-        if betas.iter().any(|beta| !(0.0..1.0).contains(beta)) {
-            return Err(fields.invalid("beta_start, beta_end", "betas must lie in 0..1"));
-        }
-        let alphas_cumprod = betas
-            .iter()
-            .scan(1.0, |product, beta| {
-                *product *= 1.0 - beta;
-                Some(*product as f32)
-            })
-            .collect();
+        let schedule = made.map_err(|error| fields.invalid("beta_start, beta_end, trained_betas", error.to_string()))?;
         let prediction = match fields.or("prediction_type", "epsilon".to_owned())?.as_str() {
             "epsilon" => Prediction::Epsilon,
             "v_prediction" => Prediction::VPrediction,
@@ -88,12 +58,16 @@ impl SchedulerConfig {
         };
         fields.only("rescale_betas_zero_snr", false)?;
         fields.only("thresholding", false)?;
-        let spacing = if LINSPACE.contains(&class.as_str()) { "linspace" } else { "leading" };
-        let spacing = match fields.or("timestep_spacing", spacing.to_owned())?.as_str() {
-            "leading" => TimestepSpacing::Leading,
-            "linspace" => TimestepSpacing::Linspace,
-            "trailing" => TimestepSpacing::Trailing,
-            other => return Err(fields.unsupported("timestep_spacing", other, "leading, linspace and trailing are")),
+        let spacing = match fields.take::<String>("timestep_spacing")?.as_deref() {
+            // As diffusers has it where a folder's scheduler is exchanged: what the folder does not say is not its
+            // scheduler's own, but that of the one in its place.
+            None => None,
+            Some("leading") => Some(TimestepSpacing::Leading),
+            Some("linspace") => Some(TimestepSpacing::Linspace),
+            Some("trailing") => Some(TimestepSpacing::Trailing),
+            Some(other) => {
+                return Err(fields.unsupported("timestep_spacing", other, "leading, linspace and trailing are"));
+            }
         };
         // These two clip the predicted picture to -1..1 unless told otherwise; no latent model is trained for that.
         let clips_by_default = matches!(class.as_str(), "DDIMScheduler" | "DDPMScheduler");
@@ -106,6 +80,6 @@ impl SchedulerConfig {
         if steps_offset >= timesteps {
             return Err(fields.invalid("steps_offset", format!("{steps_offset} is not below {timesteps}")));
         }
-        Ok(Self { schedule: NoiseSchedule { alphas_cumprod, steps_offset, set_alpha_to_one, spacing }, prediction })
+        Ok(Self { schedule: NoiseSchedule { steps_offset, set_alpha_to_one, spacing, ..schedule }, prediction })
     }
 }
