@@ -49,6 +49,11 @@ def random_rows(layer, rank):
     return order[:rank]
 
 
+def drawn_mask(stream, step, lane, rows, erasure):
+    drawn = philox.uniforms(SEED, stream, step, lane, M)[rows, None]
+    return torch.tensor((drawn >= np.float32(erasure)).astype(np.float64))
+
+
 def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True, scale=1.0, rows=range(M), token_layers=3,
           first_word=None, token_norm_limit=0.0, erasure=0.0, prior_weight=0.0, silence=0.0, silence_erasure=0.5):
     rows = list(rows)
@@ -68,8 +73,9 @@ def train(steps, rank, layers, rates, schedule, start_a=uniform_a, a_moves=True,
         optimiser.zero_grad()
         loss = sum(((t - 1) ** 2).sum() / 2 for t in tokens)
         for layer, (a, b) in factors.items():
-            drawn = philox.uniforms(SEED, philox.ERASURE, step, layer, M)[rows, None]
-            mask, silent_mask = (torch.tensor((drawn >= np.float32(e)).astype(np.float64)) for e in (erasure, silence_erasure))
+            mask = drawn_mask(philox.ERASURE, step, layer, rows, erasure)
+            # Behind the lanes of the two made-up words.
+            silent_mask = drawn_mask(philox.SILENCE, step, 2 + layer, rows, silence_erasure)
             change = scale * b @ a
             loss = loss + ((mask * (change - TARGET[rows])) ** 2).sum() / 2
             loss = loss + prior_weight * ((mask * change) ** 2).sum() / 2 + silence * ((silent_mask * change) ** 2).sum() / 2

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-LATENTS, SAMPLER, INIT, ERASURE, MERGE = 1, 2, 3, 7, 10
+LATENTS, SAMPLER, INIT, ERASURE, MERGE, SILENCE = 1, 2, 3, 7, 10, 12
 
 
 def start_seed(seed, name):

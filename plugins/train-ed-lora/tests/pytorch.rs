@@ -66,6 +66,21 @@ fn concepts_of_one_seed_start_apart() {
 }
 
 #[test]
+fn a_limit_that_the_words_reach_before_the_first_step_is_not_kept() {
+    let trained = |limit| {
+        let trainer = EdLora { settings: ConceptSettings { token_norm_limit: limit, ..settings() } };
+        let mut host = Quadratic::new();
+        (trainer.train(&mut host).unwrap().tokens, host.job.log.into_inner().unwrap())
+    };
+    let (free, silent) = trained(0.0);
+    assert!(silent.is_empty(), "{silent:?}");
+    let (tokens, said) = trained(0.05);
+    assert_eq!(tokens, free);
+    assert!(said.iter().any(|(_, line)| line.contains("token_norm_limit = 0.05")), "{said:?}");
+    assert_ne!(trained(0.3).0, free, "a limit that can be kept is");
+}
+
+#[test]
 fn the_class_words_vector_starts_the_second_name() {
     let still = LearningRates { tokens: 0.0, ..settings().learning_rate };
     let trainer = EdLora { settings: ConceptSettings { learning_rate: still, ..settings() } };

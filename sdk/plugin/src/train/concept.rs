@@ -1,8 +1,7 @@
 //! Learning one concept: the loop that the concept trainers share.
 //!
 //! ED-LoRA (Gu et al., "Mix-of-Show", NeurIPS 2023) names a concept by two tokens with one vector per cross-attention
-//! layer and adapts the attention projections of the UNet and of the text encoder. (Its shuffled captions, subject masks
-//! and attention regularisation are left out.) The other methods differ in a few
+//! layer and adapts the attention projections of the UNet and of the text encoder. The other methods differ in a few
 //! places, which a [`Recipe`] names: which rows of B exist (BlockLoRA, equation 4), which outputs are erased (equation
 //! 3), what A starts as and whether it trains (Orthogonal Adaptation), what the words start as (DreamBooth). Any of them
 //! may learn pictures of the prior beside the concept's.
@@ -14,10 +13,11 @@ use super::adamw::AdamW;
 use super::host::{ErasureMasks, LayerFactors, Parameters, Placement, Sample, TokenFactors, TrainHost, TrainState};
 use super::prior::Prior;
 use super::settings::{Augmentation, ConceptSettings, Erasure, ErasureScope, LayerChoice, TokenStyle};
-use super::silence::{norm, silent_step};
+use super::silence::{Silent, norm, silent_step};
 use super::templates;
 use crate::Partition;
 use crate::error::{Error, Result};
+use crate::job::LogLevel;
 use crate::merge::Layer;
 use crate::rng::{Rng, Stream};
 
@@ -63,7 +63,7 @@ pub struct Recipe<'a> {
 }
 
 impl<'a> Recipe<'a> {
-    /// ED-LoRA's: every row owned, nothing erased, A trained, no prior preservation.
+    /// ED-LoRA's: every row owned, nothing erased, A trained.
     pub fn new(settings: &'a ConceptSettings) -> Self {
         Self {
             settings,
@@ -90,8 +90,8 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
         Some(state) => state,
         None => start(host, recipe)?,
     };
-    let rates = group_rates(host.layers(), &state.parameters, settings);
-    let first_token = state.parameters.factors.len() * 2;
+    let token_norm_limit = token_norm_limit(host, recipe)?;
+    let groups = groups(host.layers(), &state.parameters, settings);
     let is_silent = settings.silence.weight > 0.0;
     let class = is_silent.then(|| host.embedding(&host.concept().class_word)).transpose()?;
     let (mut gradients, mut of_drift) = (Parameters::default(), Parameters::default());
@@ -99,26 +99,23 @@ pub fn train_concept(host: &mut dyn TrainHost, recipe: &Recipe<'_>) -> Result<Pa
     while state.step < settings.steps {
         let step = state.step;
         let batch = draw_batch(host, recipe, &prior_pictures, step);
-        let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), step);
+        let of_layer = |layer| host.rng(Stream::Erasure, step, layer);
+        let masks = draw_masks(host, &state.parameters, recipe.erasure, batch.len(), of_layer);
         let mut loss = host.loss_and_gradients(&state.parameters, &masks, &batch, &mut gradients)?;
         if let Some(class) = &class {
-            let drawn = (&state.parameters, class.as_slice(), prior_pictures.as_slice(), step);
-            loss += silent_step(host, recipe, drawn, &mut gradients, &mut of_drift)?;
+            let silent = Silent { parameters: &state.parameters, class, prior: &prior_pictures, step };
+            loss += silent_step(host, recipe, &silent, &mut gradients, &mut of_drift)?;
         }
         if !loss.is_finite() {
             return Err(Error::not_finite("the loss", loss, step));
         }
-        let tokens_are_frozen = tokens_have_grown(&state.parameters.tokens, settings.token_norm_limit);
-        let a_is_frozen: Vec<bool> = state.parameters.factors.iter().map(|f| f.a_is_frozen).collect();
-        let (first_moments, second_moments) = state.optimiser.split_at_mut(rates.len());
+        let tokens_are_frozen = token_norm_limit > 0.0 && mean_norm(&state.parameters.tokens) >= token_norm_limit;
+        let (first_moments, second_moments) = state.optimiser.split_at_mut(groups.len());
         let moments = first_moments.iter_mut().zip(second_moments);
-        for (index, ((theta, gradient), (m, v))) in
-            state.parameters.tensors_mut().zip(gradients.tensors()).zip(moments).enumerate()
-        {
-            let is_a = index < first_token && index.is_multiple_of(2);
-            let is_frozen = if is_a { a_is_frozen[index / 2] } else { index >= first_token && tokens_are_frozen };
-            if !is_frozen {
-                adamw.update(step + 1, settings.rate(rates[index], step), theta, gradient, m, v);
+        let tensors = state.parameters.tensors_mut().zip(gradients.tensors()).zip(moments).zip(&groups);
+        for (((theta, gradient), (m, v)), group) in tensors {
+            if !(group.is_frozen || group.is_token && tokens_are_frozen) {
+                adamw.update(step + 1, settings.rate(group.rate, step), theta, gradient, m, v);
             }
         }
         state.step += 1;
@@ -243,15 +240,24 @@ fn is_chosen(layer: &Layer, settings: &ConceptSettings) -> bool {
         && (settings.layers == LayerChoice::All || layer.is_attention())
 }
 
-/// The learning rate of each tensor, in the order of [`Parameters::tensors`].
-fn group_rates(layers: &[Layer], parameters: &Parameters, settings: &ConceptSettings) -> Vec<f32> {
-    let rate = settings.learning_rate;
-    let of_layer = |f: &LayerFactors| {
+/// How one tensor of [`Parameters::tensors`] moves.
+struct Group {
+    /// Its learning rate before the schedule.
+    rate: f32,
+    is_frozen: bool,
+    is_token: bool,
+}
+
+/// Those of all tensors, in their order.
+fn groups(layers: &[Layer], parameters: &Parameters, settings: &ConceptSettings) -> Vec<Group> {
+    let rates = settings.learning_rate;
+    let of_factors = |f: &LayerFactors| {
         let text = layers.get(f.layer).is_some_and(Layer::is_text_encoder);
-        if text { rate.text_encoder } else { rate.unet }
+        let rate = if text { rates.text_encoder } else { rates.unet };
+        [f.a_is_frozen, false].map(|is_frozen| Group { rate, is_frozen, is_token: false })
     };
-    let factors = parameters.factors.iter().flat_map(|f| [of_layer(f); 2]);
-    factors.chain(parameters.tokens.iter().map(|_| rate.tokens)).collect()
+    let of_token = |_: &TokenFactors| Group { rate: rates.tokens, is_frozen: false, is_token: true };
+    parameters.factors.iter().flat_map(of_factors).chain(parameters.tokens.iter().map(of_token)).collect()
 }
 
 /// The concept's samples, and behind them as many of the prior's pictures where there are some.
@@ -270,15 +276,24 @@ fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture],
             Some(prompt) => prompt.to_owned(),
             None => templates::prompt(&mut data, host.concept().kind, caption, settings.templates),
         };
-        draw_sample(host, settings, step, lane, (picture, placement, prompt, weight))
+        draw_sample(host, settings, step, lane, Shown { picture, placement, prompt, weight })
     });
     let beside = if is_learned { settings.batch_size } else { 0 };
     let prior = (settings.batch_size..settings.batch_size + beside).map(|lane| {
         let mut data = host.rng(Stream::Data, step, lane);
         let PriorPicture { index, prompt, weight } = &prior[data.below(prior.len())];
-        draw_sample(host, settings, step, lane, (*index, Placement::WHOLE, prompt.clone(), 2.0 * weight))
+        let shown = Shown { picture: *index, placement: Placement::WHOLE, prompt: prompt.clone(), weight: 2.0 * weight };
+        draw_sample(host, settings, step, lane, shown)
     });
     concept.chain(prior).collect()
+}
+
+/// What a sample shows the model.
+pub(super) struct Shown {
+    pub(super) picture: usize,
+    pub(super) placement: Placement,
+    pub(super) prompt: String,
+    pub(super) weight: f32,
 }
 
 /// A sample with its random numbers.
@@ -287,8 +302,9 @@ pub(super) fn draw_sample(
     settings: &ConceptSettings,
     step: usize,
     lane: usize,
-    (picture, placement, prompt, weight): (usize, Placement, String, f32),
+    shown: Shown,
 ) -> Sample {
+    let Shown { picture, placement, prompt, weight } = shown;
     let [channels, height, width] = host.latent_shape();
     let pixels = height * width;
     let timestep = host.rng(Stream::Timestep, step, lane).below(host.num_train_timesteps());
@@ -317,13 +333,13 @@ pub(super) fn draw_placement(rng: &mut Rng, augmentation: &Augmentation) -> Plac
 }
 
 /// r(lambda) of a step with `batch` samples: every element is 1 with probability 1 - lambda, else 0 (BlockLoRA,
-/// equation 3).
+/// equation 3). `rng_of` gives the random numbers of a layer.
 pub fn draw_masks(
     host: &dyn TrainHost,
     parameters: &Parameters,
     erasure: Option<Erasure>,
     batch: usize,
-    step: usize,
+    rng_of: impl Fn(usize) -> Rng,
 ) -> ErasureMasks {
     let Some(Erasure { lambda, scope, rescale }) = erasure.filter(|e| e.lambda > 0.0) else {
         return Vec::new();
@@ -334,7 +350,7 @@ pub fn draw_masks(
         // The text encoder sees each prompt once per cross-attention, not once per sample: its masks are shared.
         let text = layer.is_some_and(Layer::is_text_encoder);
         let samples = if scope == ErasureScope::Sample && !text { batch } else { 1 };
-        let mut rng = host.rng(Stream::Erasure, step, f.layer);
+        let mut rng = rng_of(f.layer);
         // The mask covers all m outputs (the paper's r has size m): the element of an output does not depend on
         // which slot owns it.
         let m = layer.map_or(0, |l| l.rows);
@@ -348,10 +364,28 @@ pub fn draw_masks(
     parameters.factors.iter().map(mask).collect()
 }
 
-/// Whether the mean norm of the tokens' vectors has reached the limit at which they freeze.
-fn tokens_have_grown(tokens: &[TokenFactors], limit: f32) -> bool {
+/// The mean norm at which the tokens freeze; 0: they never do. A limit that they reach before they have learned anything
+/// was made for another model's embeddings, and is not kept.
+fn token_norm_limit(host: &dyn TrainHost, recipe: &Recipe<'_>) -> Result<f32> {
+    let limit = recipe.settings.token_norm_limit;
+    let start = mean_norm(&start_tokens(host, recipe)?);
+    if limit == 0.0 || start < limit {
+        return Ok(limit);
+    }
+    if recipe.settings.learning_rate.tokens > 0.0 {
+        let message = format!(
+            "token_norm_limit = {limit} is not kept: on this model the words are {start:.2} long before they have learned \
+             anything"
+        );
+        host.log(LogLevel::Warning, &message);
+    }
+    Ok(0.0)
+}
+
+/// The mean norm of the tokens' vectors.
+fn mean_norm(tokens: &[TokenFactors]) -> f32 {
     let norms: Vec<f32> = tokens.iter().flat_map(|t| t.values.chunks(t.values.len() / t.layers)).map(norm).collect();
-    limit > 0.0 && norms.iter().sum::<f32>() / norms.len() as f32 >= limit
+    norms.iter().sum::<f32>() / norms.len() as f32
 }
 
 fn check_finite(state: &TrainState) -> Result<()> {

@@ -166,7 +166,8 @@ pub struct ConceptSettings {
     /// Standard deviation of the first name's start value; the second starts as the class word.
     #[schemars(range(min = 0.0, max = 10.0))]
     pub token_init_std: f32,
-    /// Tokens freeze once the mean norm of their vectors reaches this; 0: never.
+    /// Tokens freeze once the mean norm of their vectors reaches this; 0: never. Not kept, with a warning, on a model whose
+    /// words are that long to begin with.
     #[schemars(range(min = 0.0, max = 1e4))]
     pub token_norm_limit: f32,
     /// Adapt the text encoder, too.

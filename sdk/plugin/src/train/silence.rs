@@ -12,12 +12,20 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::concept::{PriorPicture, Recipe, draw_masks, draw_placement, draw_sample};
+use super::concept::{CONCEPT_TOKENS, PriorPicture, Recipe, Shown, draw_masks, draw_placement, draw_sample};
 use super::host::{Parameters, Placement, Sample, TrainHost};
 use super::settings::{Erasure, ErasureScope, check_range};
 use super::templates;
 use crate::error::Result;
 use crate::rng::{Rng, Stream};
+
+/// The shortest made-up word and the longest, by the length of the class word: what learned words turned out to be.
+const LENGTHS: [f32; 2] = [0.2, 1.1];
+/// How often the second made-up word has the class word in it.
+const WITH_CLASS: f32 = 0.5;
+/// How often a picture is one of the prior's, where there are some, and how often such a one names no concept.
+const OF_PRIOR: f32 = 0.5;
+const PLAIN: f32 = 0.5;
 
 /// Teaches the adapter's rows to be silent where another concept is named.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -46,20 +54,34 @@ impl Silence {
     }
 }
 
+/// What one step of silence looks at.
+pub(super) struct Silent<'a> {
+    /// As they are before the step.
+    pub(super) parameters: &'a Parameters,
+    /// The class word's embedding `[d]`.
+    pub(super) class: &'a [f32],
+    /// The prior's pictures, if any.
+    pub(super) prior: &'a [PriorPicture],
+    pub(super) step: usize,
+}
+
 /// Adds the silence of one step to `gradients`, those of the concept's loss, and returns what it adds to that loss:
 /// weight times the drift. `of_drift` is room for the drift's own gradients.
 pub(super) fn silent_step(
     host: &mut dyn TrainHost,
     recipe: &Recipe<'_>,
-    (parameters, class, prior, step): (&Parameters, &[f32], &[PriorPicture], usize),
+    silent: &Silent<'_>,
     gradients: &mut Parameters,
     of_drift: &mut Parameters,
 ) -> Result<f32> {
     let Silence { weight, erasure } = recipe.settings.silence;
+    let &Silent { parameters, class, prior, step } = silent;
     let made_up = with_made_up_words(host, parameters, class, step);
     let batch = draw_silent_batch(host, recipe, prior, step);
     let erasure = Erasure { lambda: erasure, scope: ErasureScope::Sample, rescale: false };
-    let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), step);
+    // Numbers of its own: not the outputs that the concept's loss has just erased. The words have the first lanes.
+    let of_layer = |layer| host.rng(Stream::Silence, step, CONCEPT_TOKENS + layer);
+    let masks = draw_masks(host, &made_up, Some(erasure), batch.len(), of_layer);
     let drift = host.drift_and_gradients(&made_up, &masks, &batch, of_drift)?;
     add_to_factors(gradients, weight, of_drift);
     Ok(weight * drift)
@@ -73,9 +95,10 @@ fn with_made_up_words(host: &dyn TrainHost, parameters: &Parameters, class: &[f3
     let mut made_up = parameters.clone();
     for (index, token) in made_up.tokens.iter_mut().enumerate() {
         let mut rng = host.rng(Stream::Silence, step, index);
-        let of_class = index > 0 && rng.uniform() < 0.5;
+        let of_class = index > 0 && rng.uniform() < WITH_CLASS;
         for vector in token.values.chunks_mut(class.len()) {
-            let length = norm(class) * (0.2 + 0.9 * rng.uniform());
+            let [shortest, longest] = LENGTHS;
+            let length = norm(class) * (shortest + (longest - shortest) * rng.uniform());
             random_direction(&mut rng, vector, length);
             if of_class {
                 vector.iter_mut().zip(class).for_each(|(x, word)| *x += word);
@@ -98,15 +121,15 @@ fn draw_silent_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPi
             Some(prompt) => prompt.to_owned(),
             None => templates::prompt(&mut data, host.concept().kind, captions[own].as_deref(), settings.templates),
         };
-        let of_prior = !prior.is_empty() && data.uniform() < 0.5;
+        let of_prior = !prior.is_empty() && data.uniform() < OF_PRIOR;
         let (picture, placement, prompt) = match of_prior.then(|| &prior[data.below(prior.len())]) {
             None => (own, placement, named),
             Some(PriorPicture { index, prompt, .. }) => {
-                let plain = data.uniform() < 0.5;
+                let plain = data.uniform() < PLAIN;
                 (*index, Placement::WHOLE, if plain { prompt.clone() } else { named })
             }
         };
-        draw_sample(host, settings, step, lane, (picture, placement, prompt, 1.0))
+        draw_sample(host, settings, step, lane, Shown { picture, placement, prompt, weight: 1.0 })
     };
     // Lanes behind those of the concept and of the prior.
     (2 * settings.batch_size..3 * settings.batch_size).map(draw).collect()
