@@ -27,9 +27,11 @@ pub struct CrossTalk {
 type Part = (&'static str, fn(&str) -> bool);
 
 /// The parts of the model, and the layers in them.
-const PARTS: [Part; 3] = [
+const PARTS: [Part; 5] = [
     ("unet, self-attention", |name| name.starts_with("unet.") && name.contains(".attn1.")),
     ("unet, cross-attention", |name| name.starts_with("unet.") && name.contains(".attn2.")),
+    ("unet, feed-forward", |name| name.starts_with("unet.") && name.contains(".ff.")),
+    ("unet, projections", |name| name.starts_with("unet.") && name.contains(".proj_")),
     ("text encoder", |name| name.starts_with("text_encoder.")),
 ];
 
@@ -82,4 +84,25 @@ pub fn table(rows: &[(String, Vec<CrossTalk>)]) -> Table {
         }
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use blocklora_engine::model::Model;
+    use blocklora_engine::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn every_layer_belongs_to_one_part() {
+        let starter = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../starter/model"));
+        let model = Model::load(starter, &Device::Cpu, DType::F32).unwrap();
+        for layer in model.layers() {
+            let parts: Vec<_> = PARTS.iter().filter(|(_, belongs)| belongs(&layer.name)).collect();
+            assert_eq!(parts.len(), 1, "{}: {parts:?}", layer.name);
+        }
+    }
 }

@@ -26,7 +26,7 @@ pub enum Clash {
     /// An error that names both.
     #[default]
     Refuse,
-    /// The owners' mean.
+    /// The owners' mean; with `normalise = "sum1"` their sum, as everywhere.
     Mean,
 }
 
@@ -63,13 +63,13 @@ impl MergeStrategy for Blocklora {
                 return Err(clash(index, layer, adapters));
             }
             let owners = count_owners(layer.rows, owned.iter().map(|(_, rows)| *rows));
-            let mean = |rows: &[u32], alpha: f32| match self.normalise {
+            let coefficients = |rows: &[u32], alpha: f32| match self.normalise {
                 Normalise::Owners => {
                     Coefficients::PerRow(rows.iter().map(|&row| alpha / owners[row as usize] as f32).collect())
                 }
                 Normalise::Sum1 => Coefficients::Uniform(alpha),
             };
-            Ok(LayerPlan::Factored(owned.iter().map(|&(i, rows)| term(i, mean(rows, alphas[i]))).collect()))
+            Ok(LayerPlan::Factored(owned.iter().map(|&(i, rows)| term(i, coefficients(rows, alphas[i]))).collect()))
         };
         layers.iter().enumerate().map(plan_layer).collect()
     }

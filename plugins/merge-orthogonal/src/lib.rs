@@ -1,8 +1,6 @@
 //! Orthogonal Adaptation's merge: what is trained in orthogonal subspaces adds up as it is.
 
-use std::collections::HashMap;
-
-use blocklora_sdk::merge::{Adapter, Layer, MergeStrategy, Plan, present, weighted_sum};
+use blocklora_sdk::merge::{Adapter, Factors, Layer, MergeStrategy, Plan, present, weighted_sum};
 use blocklora_sdk::{Config, Error, Job, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,18 +37,15 @@ impl MergeStrategy for Orthogonal {
 /// slots of a basis are taken nobody keeps but their users; that the rows of two random choices overlap in part is as
 /// published.
 fn check_slots(index: usize, layer: &Layer, adapters: &[Adapter<'_>]) -> Result<()> {
-    let mut first_with: HashMap<Vec<u32>, &Adapter<'_>> = HashMap::new();
-    for (_, adapter, factors) in present(adapters, index) {
-        // Few numbers of A tell two apart, and equal ones are looked at whole.
-        let key = factors.a.iter().take(4).map(|x| x.to_bits()).collect();
-        let first = *first_with.entry(key).or_insert(adapter);
-        let same_a = first.factors(index).is_some_and(|other| other.a == factors.a && !factors.a.is_empty());
-        if first.digest != adapter.digest && same_a {
+    let here: Vec<_> = present(adapters, index).collect();
+    for (at, (_, first, of_first)) in here.iter().enumerate() {
+        let same_a = |of_other: &Factors<'_>| !of_first.a.is_empty() && of_other.a == of_first.a;
+        if let Some((_, other, _)) = here[at + 1..].iter().find(|(_, _, of_other)| same_a(of_other)) {
             return Err(Error::incompatible(format!(
                 "adapter {:?}: it and {:?} have the same A in {}, so that both answer to the same inputs; train one of \
                  them again (with allocation = \"allocated\" in another slot = N; with \"random\" its name chooses \
                  other rows), leave one out, or merge by another strategy",
-                adapter.name, first.name, layer.name
+                other.name, first.name, layer.name
             )));
         }
     }
