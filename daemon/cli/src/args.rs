@@ -110,9 +110,9 @@ pub struct SamplingArgs {
     /// Sampling steps
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub steps: u16,
-    /// How closely to follow the prompt; 1 is no guidance
-    #[arg(long, value_name = "SCALE", default_value_t = 7.5, allow_negative_numbers = true)]
-    pub guidance: f32,
+    /// How closely to follow the prompt; 1 is no guidance [default: the model's own, usually 7.5]
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
+    pub guidance: Option<f32>,
     /// ddim, dpmpp-2m, dpmpp-2m-karras, euler-a, or another sampler of `blocklora plugin list`
     #[arg(long, value_name = "NAME", default_value = "dpmpp-2m")]
     pub sampler: String,

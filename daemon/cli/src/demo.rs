@@ -26,8 +26,6 @@ use crate::{base, progress};
 /// and pairs of concepts in one picture. Prints how long the merge took, and how well the pictures match the concepts
 /// alone and merged.
 #[derive(clap::Args)]
-// The bundled model is small: more guidance than this burns its colours.
-#[command(mut_arg("guidance", |arg| arg.default_value("2.5")))]
 pub struct Args {
     /// The contact sheet to write
     #[arg(short, long, value_name = "FILE.png", default_value = "blocklora-demo.png")]
@@ -193,7 +191,7 @@ fn template(args: &Args, model: &ChosenModel, model_args: &ModelArgs) -> anyhow:
         target: Some(model.model.path().clone().into()),
         precision: model_args.precision_name(),
         steps: Some(u32::from(sampling.steps)),
-        guidance_scale: Some(f64::from(sampling.guidance)),
+        guidance_scale: sampling.guidance.map(f64::from),
         sampler: Some(sampling.sampler.clone()),
         width: sampling.size.map(|size| pixels(size.width)).transpose()?,
         height: sampling.size.map(|size| pixels(size.height)).transpose()?,

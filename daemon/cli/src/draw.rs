@@ -1,11 +1,12 @@
 //! Drawing many pictures with one merged model, several at a time.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use blocklora_engine::Error;
 use blocklora_engine::generate::{GenerateRequest, Step, generate_batch};
 use blocklora_engine::image::Picture;
-use blocklora_engine::model::Model;
+use blocklora_engine::model::{Defaults, Model};
 use blocklora_engine::sample::Sampler;
 use blocklora_engine::text::Concept;
 use indicatif::ProgressBar;
@@ -36,15 +37,20 @@ pub struct Job {
     pub seed: u64,
 }
 
+/// The guidance that `args` ask for, or the model folder's own.
+pub fn guidance(args: &SamplingArgs, model: &Path) -> anyhow::Result<f32> {
+    Ok(args.guidance.map_or_else(|| Defaults::of(model).map(|defaults| defaults.guidance_scale), Ok)?)
+}
+
 impl Settings {
-    /// The settings that `args` ask for; the size is the model's own if none is given.
+    /// The settings that `args` ask for; size and guidance are the model's own if none is given.
     pub fn new(args: &SamplingArgs, model: &Model) -> anyhow::Result<Self> {
         let (_, height, width) = model.latent_shape();
         let factor = model.vae().downscale();
         let (width, height) = args.size.map_or((width * factor, height * factor), |s| (s.width, s.height));
         Ok(Self {
             steps: usize::from(args.steps),
-            guidance_scale: args.guidance,
+            guidance_scale: guidance(args, model.dir())?,
             sampler: methods::sampler(&args.sampler)?,
             width,
             height,

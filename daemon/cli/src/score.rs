@@ -28,8 +28,6 @@ use crate::{base, crosstalk, drift, methods, output, progress};
 /// which the class word stands for the concept (text alignment: the mean of 2.5 max(cosine, 0)), and with all concepts
 /// (identity: the share of pictures nearest to the right concept).
 #[derive(clap::Args)]
-// The bundled model is small: more guidance than this burns its colours.
-#[command(mut_arg("guidance", |arg| arg.default_value("2.5")))]
 pub struct Args {
     /// Adapters to score, a file each in DIR, and the strategies to merge them with; may be given many times [default:
     /// the bundled adapters, with blocklora and blocklora-sum1]
@@ -190,13 +188,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     if args.json {
+        let folder = base::folder(args.model.base.as_deref())?;
         return output::print_json(&Json {
-            base: &base::folder(args.model.base.as_deref())?,
+            base: &folder,
             clip: &clip,
             prompts_per_concept: prompts,
             images_per_prompt: args.images,
             steps: args.sampling.steps,
-            guidance: args.sampling.guidance,
+            guidance: draw::guidance(&args.sampling, &folder)?,
             sampler: &args.sampling.sampler,
             seed: args.sampling.seed,
             weight: args.weight,

@@ -67,6 +67,30 @@ fn start(folder: &Path, output: &str) -> Child {
     child
 }
 
+/// As the README has it: the bundled model says with what settings concepts are taught on it.
+#[test]
+fn what_nobody_sets_is_as_the_models_folder_has_it() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, "learning_rate = { unet = 1e-3 }\n");
+    let settings_of = |file: &str, more: &[&str]| {
+        let args = ["train", "--images", "photos", "--class", "dog", "--name", "milo", "--steps", "2", "-o", file];
+        run_in(path, &[&args, more].concat());
+        let adapter = Adapter::open(path.join(file)).unwrap();
+        for token in adapter.tokens() {
+            let vectors: Vec<_> = token.values.chunks(token.width).collect();
+            assert!(vectors.windows(2).any(|pair| pair[0] != pair[1]), "{file}: {} has not moved", token.name);
+        }
+        adapter.manifest().algorithm.config.clone()
+    };
+    let said = settings_of("none.st", &[]);
+    assert_eq!((&said["batch_size"], &said["layers"], &said["steps"]), (&2.into(), &"all".into(), &2.into()));
+    assert_eq!(said["learning_rate"]["unet"], 5e-4_f32 as f64);
+    let said = settings_of("some.st", &["--config", "settings.toml"]);
+    assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &(1e-3_f32 as f64).into()));
+    assert_eq!(said["learning_rate"]["tokens"], 0.06_f32 as f64);
+}
+
 #[test]
 fn a_run_interrupted_or_killed_and_resumed_gives_the_same_bytes() {
     let folder = temporary();

@@ -3,7 +3,8 @@
 
     python3 sweep.py --work DIR [--only NAME ...] [--sizes 1,15] [--prompts N] [--jobs N]
 
-Settings are in sweep.toml: a method, what it is merged with, and what differs from that method's bundled settings.
+Settings are in sweep.toml: a method, what it is merged with, and what differs from that method's settings in the model's
+folder (../model/blocklora.json).
 Prints one line for each cell; everything that `blocklora score --json` says is kept in DIR/NAME.json, with the scores
 of every picture. Prompts and seeds are the same in all settings, so the last columns are differences from the first
 setting's row of that size and those concepts picture by picture, with their standard error.
@@ -21,14 +22,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 MEASURES = ("image_alignment", "text_alignment", "identity")
 
 
-def merged_tables(base, changes):
-    """`base` with `changes` over it, table by table."""
-    result = dict(base)
-    for key, value in changes.items():
-        result[key] = merged_tables(base.get(key, {}), value) if isinstance(value, dict) else value
-    return result
-
-
 def to_toml(settings):
     """Settings as TOML; tables as inline tables, which is all that training settings need."""
     def value(v):
@@ -41,9 +34,8 @@ def to_toml(settings):
 def train(options, name, setting):
     folder = options.work / name
     folder.mkdir(parents=True, exist_ok=True)
-    bundled = tomllib.loads((HERE / f"{setting['method']}.toml").read_text())
     config = options.work / f"{name}.toml"
-    config.write_text(to_toml(merged_tables(bundled, setting.get("settings", {}))))
+    config.write_text(to_toml(setting.get("settings", {})))
     command = [sys.executable, HERE / "train.py", "--method", setting["method"], "--config", config, "--out", folder,
                "--jobs", str(options.jobs), *(["--only", *setting["only"]] if "only" in setting else [])]
     subprocess.run([str(c) for c in command], check=True, stdout=subprocess.DEVNULL)

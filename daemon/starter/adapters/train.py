@@ -29,14 +29,13 @@ def write_captions(folder, concept):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="blocklora")
-    parser.add_argument("--config", type=pathlib.Path, help="default: METHOD.toml beside this script")
+    parser.add_argument("--config", type=pathlib.Path, help="settings; for other keys those of the model's folder count")
     parser.add_argument("--out", type=pathlib.Path, default=HERE)
     parser.add_argument("--concepts", type=pathlib.Path, default=HERE.parent / "concepts" / "concepts.json")
     parser.add_argument("--base", type=pathlib.Path, default=HERE.parent / "model")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--jobs", type=int, default=1, help="concepts trained at the same time, one thread each")
     options = parser.parse_args()
-    config = options.config or HERE / f"{options.method}.toml"
     options.out.mkdir(parents=True, exist_ok=True)
     concepts = json.loads(options.concepts.read_text())
     for concept in concepts:
@@ -49,7 +48,9 @@ def main():
             return name, 0, "there already"
         command = [os.environ.get("BLOCKLORA", "blocklora"), "train", "--base", options.base]
         command += ["--images", options.concepts.parent / name, "--class", concept["class"], "--kind", concept["kind"]]
-        command += ["--name", name, "--method", options.method, "--config", config, "--seed", "1", "-o", output]
+        command += ["--name", name, "--method", options.method, "--seed", "1", "-o", output]
+        if options.config:
+            command += ["--config", options.config]
         if options.method == "blocklora":
             command += ["--slot", str(slot)]
         # Whatever runs now: the checkpoint is that of a run without a daemon.

@@ -43,8 +43,8 @@ def export_model(out, destination):
         values.pop("_name_or_path", None)
         write_json(config, values)
     shutil.copy(out / "unet.json", temporary / "training.json")
-    # what `blocklora` draws with where nothing is said: more burns the colours of learnt words
-    write_json(temporary / "blocklora.json", {"guidance_scale": 2.5})
+    # what `blocklora` draws and trains with where nothing is said: more guidance burns the colours of learnt words
+    shutil.copy(Path(__file__).with_name("defaults.json"), temporary / "blocklora.json")
     _swap(temporary, destination)
 
 

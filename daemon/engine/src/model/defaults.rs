@@ -1,24 +1,28 @@
-//! What a model folder says of how its pictures are best drawn.
+//! What a model folder says of how its pictures are best drawn, and how concepts are best taught on it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::config::read_json;
 use crate::error::{Error, Result};
 
 /// Settings for requests that do not say otherwise: `blocklora.json` in the folder, where it is there. Tools that do not
 /// know the file leave it alone.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Defaults {
     /// Of classifier-free guidance; 1 is none. What Stable Diffusion is drawn with, 7.5, burns the colours of small models.
     pub guidance_scale: f32,
+    /// Settings of trainings on this model, by the trainer's id. Published ones are for models of Stable Diffusion's size.
+    pub training: BTreeMap<String, Map<String, Value>>,
 }
 
 impl Default for Defaults {
     fn default() -> Self {
-        Self { guidance_scale: 7.5 }
+        Self { guidance_scale: 7.5, training: BTreeMap::new() }
     }
 }
 
@@ -39,6 +43,25 @@ impl Defaults {
         }
         Ok(defaults)
     }
+
+    /// The settings of a training by the trainer `id`: `given`, and for keys that it does not have the folder's own,
+    /// table by table.
+    pub fn of_training(&self, id: &str, mut given: Map<String, Value>) -> Map<String, Value> {
+        if let Some(own) = self.training.get(id) {
+            fill(&mut given, own);
+        }
+        given
+    }
+}
+
+fn fill(given: &mut Map<String, Value>, own: &Map<String, Value>) {
+    for (key, value) in own {
+        match (given.get_mut(key), value) {
+            (None, _) => drop(given.insert(key.clone(), value.clone())),
+            (Some(Value::Object(given)), Value::Object(own)) => fill(given, own),
+            (Some(_), _) => {}
+        }
+    }
 }
 
 #[cfg(test)]
@@ -46,6 +69,21 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn what_a_training_is_not_told_is_the_folders() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = r#"{"training": {"ed-lora": {"steps": 400, "learning_rate": {"unet": 5e-4, "tokens": 0.06}}}}"#;
+        std::fs::write(dir.path().join(Defaults::FILE), text).unwrap();
+        let defaults = Defaults::of(dir.path()).unwrap();
+        let given = |text: &str| serde_json::from_str::<Map<_, _>>(text).unwrap();
+        let asked = given(r#"{"rank": 8, "learning_rate": {"unet": 1e-3}}"#);
+        let both = given(r#"{"rank": 8, "steps": 400, "learning_rate": {"unet": 1e-3, "tokens": 0.06}}"#);
+        assert_eq!(defaults.of_training("ed-lora", asked.clone()), both);
+        assert_eq!(defaults.of_training("blocklora", asked.clone()), asked);
+        let null = given(r#"{"learning_rate": null}"#);
+        assert_eq!(defaults.of_training("ed-lora", null)["learning_rate"], Value::Null, "what is said counts");
+    }
 
     #[test]
     fn a_folder_may_say_how_it_is_drawn() {

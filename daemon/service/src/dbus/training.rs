@@ -5,8 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blocklora_engine::model::Defaults;
 use blocklora_engine::train::{Concept, TrainRequest, check};
 use blocklora_spec::{NAME_RULE, Partition, Storage, is_name};
+use serde_json::{Map, Value};
 use zbus::OwnedFd;
 
 use super::call::{Call, Refusal};
@@ -93,6 +95,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
                 created: created.clone(),
                 sampler: None,
             };
+            let config = settings(daemon, &model, &plugin, config)?;
             check(daemon.methods.trainer(&plugin, &config, tried)?.as_ref(), &request)?;
             let id = daemon.new_id();
             let folder = daemon.training_folder(&id);
@@ -130,6 +133,13 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
         })
         .await?;
     Ok(job)
+}
+
+/// The trainer's settings: those that the client gives, and the model folder's own for the others.
+fn settings(daemon: &Daemon, model: &str, plugin: &str, given: Map<String, Value>) -> Result<Map<String, Value>> {
+    let folder = &daemon.model(model)?.path;
+    let id = plugin.strip_prefix("train-").unwrap_or(plugin);
+    Ok(Defaults::of(folder)?.of_training(id, given))
 }
 
 /// `in_slots` is whether the trainer can be told which rows to own.
