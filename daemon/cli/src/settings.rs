@@ -25,10 +25,34 @@ impl FromStr for Setting {
             return Err(format!("{key:?} is no key, such as lambda or erasure.lambda"));
         }
         // As in TOML, but for words, which need no quotes.
-        let toml = toml::from_str::<Map<String, Value>>(&format!("value = {value}"));
-        let value = toml.ok().and_then(|mut table| table.remove("value"));
-        Ok(Self { path, value: value.unwrap_or_else(|| text[key.len() + 1..].into()) })
+        let toml = toml::from_str::<toml::Table>(&format!("value = {value}"));
+        let toml = toml.ok().and_then(|mut table| table.remove("value"));
+        let value = toml.map_or_else(|| Ok(value.into()), |value| json_of(key, value))?;
+        Ok(Self { path, value })
     }
+}
+
+/// A value of TOML as one of JSON, which has no numbers that are not finite and no dates.
+fn json_of(key: &str, value: toml::Value) -> Result<Value, String> {
+    Ok(match value {
+        toml::Value::Float(number) if !number.is_finite() => {
+            return Err(format!("{key} = {number}: must be a finite number"));
+        }
+        toml::Value::Datetime(date) => return Err(format!("{key} = {date}: is a date; put it into quotes")),
+        toml::Value::Float(number) => number.into(),
+        toml::Value::Integer(number) => number.into(),
+        toml::Value::Boolean(value) => value.into(),
+        toml::Value::String(text) => text.into(),
+        toml::Value::Array(items) => items.into_iter().map(|item| json_of(key, item)).collect::<Result<_, _>>()?,
+        toml::Value::Table(table) => Value::Object(object_of(&format!("{key}."), table)?),
+    })
+}
+
+/// A table whose keys stand behind `prefix`, likewise.
+fn object_of(prefix: &str, table: toml::Table) -> Result<Map<String, Value>, String> {
+    let entry =
+        |(key, value): (String, toml::Value)| json_of(&format!("{prefix}{key}"), value).map(|value| (key, value));
+    table.into_iter().map(entry).collect()
 }
 
 /// The settings in `file`, if there is one, and `given` on top of them.
@@ -36,7 +60,8 @@ pub fn read(file: Option<&Path>, given: &[Setting]) -> anyhow::Result<Map<String
     let mut settings = match file {
         Some(file) => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            toml::from_str(&text).with_context(|| format!("{}: not valid settings", file.display()))?
+            let table = toml::from_str(&text).with_context(|| format!("{}: not valid settings", file.display()))?;
+            object_of("", table).map_err(|reason| anyhow::anyhow!("{}: {reason}", file.display()))?
         }
         None => Map::new(),
     };
@@ -78,7 +103,7 @@ mod tests {
 
     #[test]
     fn what_is_no_setting_is_refused() {
-        for text in ["lambda", "=1", ".a=1", "a..b=1"] {
+        for text in ["lambda", "=1", ".a=1", "a..b=1", "a=nan", "a=-inf", "a=[0.5, nan]", "a={ b = inf }", "a=1e999"] {
             assert!(text.parse::<Setting>().is_err(), "{text}");
         }
         let clash: Vec<Setting> = ["a=1", "a.b=2"].iter().map(|text| text.parse().unwrap()).collect();
@@ -93,6 +118,9 @@ mod tests {
         let given: Vec<Setting> = ["lambda=1", "inner.x=7"].iter().map(|text| text.parse().unwrap()).collect();
         let both = read(Some(&file), &given).unwrap();
         assert_eq!(Value::Object(both), json!({"lambda": 1, "inner": {"x": 7, "y": 2}}));
+        std::fs::write(&file, "[inner]\nx = nan\n").unwrap();
+        let error = read(Some(&file), &[]).unwrap_err().to_string();
+        assert!(error.contains("merge.toml: inner.x = NaN: must be a finite number"), "{error}");
         std::fs::write(&file, "lambda = \n").unwrap();
         assert!(read(Some(&file), &[]).unwrap_err().to_string().contains("merge.toml: not valid settings"));
         assert!(read(Some(&folder.path().join("gone")), &[]).unwrap_err().to_string().contains("gone"));

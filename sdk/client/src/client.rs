@@ -153,7 +153,7 @@ impl Client {
 
     /// Draws pictures; the job ends with the connection unless its options say otherwise.
     pub async fn generate(&self, request: &Generate) -> Result<Job<Generated>> {
-        let (target, params, options) = request.arguments();
+        let (target, params, options) = request.arguments()?;
         let path = self.manager().await?.generate(&target, &params, &options).await?;
         self.job(path).await
     }
@@ -182,7 +182,7 @@ impl Client {
 
     /// Merges a set once and keeps it as a composition.
     pub async fn merge(&self, request: &Merge) -> Result<Job<Merged>> {
-        let (strategy, parts, options) = request.arguments();
+        let (strategy, parts, options) = request.arguments()?;
         let path = self.manager().await?.merge(&strategy, &parts, &options).await?;
         self.job(path).await
     }

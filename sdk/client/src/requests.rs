@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 use zbus::{OwnedObjectPath, Variant};
 
 use crate::client::no_object;
+use crate::error::Result;
 use crate::proxies::{Dict, Entries};
 use crate::value::{Options, dict_of_json, nested};
 
@@ -73,9 +74,9 @@ fn entry_dict(entry: &Entry) -> std::collections::HashMap<String, Variant<'stati
     entry.options().into_iter().map(|(key, value)| (key, Variant::from(value))).collect()
 }
 
-fn object(config: &Map<String, Value>) -> Option<Variant<'static>> {
-    // What JSON can say that D-Bus cannot is null alone; the daemon then names the key that is missing.
-    (!config.is_empty()).then(|| dict_of_json(config).map(nested).ok()).flatten()
+/// Settings as an option's value; none: no settings.
+fn object(config: &Map<String, Value>) -> Result<Option<Variant<'static>>> {
+    (!config.is_empty()).then(|| dict_of_json(config).map(nested)).transpose()
 }
 
 /// Pictures to draw.
@@ -123,14 +124,14 @@ impl Generate {
         Self { prompt: prompt.into(), ..Self::default() }
     }
 
-    pub(crate) fn arguments(&self) -> (OwnedObjectPath, Dict, Dict) {
+    pub(crate) fn arguments(&self) -> Result<(OwnedObjectPath, Dict, Dict)> {
         let params = Options::new()
             .with("prompt", self.prompt.clone())
             .maybe("negative_prompt", self.negative_prompt.clone())
             .maybe("steps", self.steps)
             .maybe("guidance_scale", self.guidance_scale)
             .maybe("sampler", self.sampler.clone())
-            .maybe("sampler_config", object(&self.sampler_config))
+            .maybe("sampler_config", object(&self.sampler_config)?)
             .maybe("seed", self.seed)
             .maybe("width", self.width)
             .maybe("height", self.height)
@@ -138,10 +139,10 @@ impl Generate {
             .maybe("precision", self.precision.clone())
             .maybe("adapters", (!self.adapters.is_empty()).then(|| entries_variant(&self.adapters)))
             .maybe("strategy", self.strategy.clone())
-            .maybe("strategy_config", object(&self.strategy_config));
+            .maybe("strategy_config", object(&self.strategy_config)?);
         let formats = (!self.formats.is_empty()).then(|| self.formats.clone());
         let options = self.job.set(Options::new()).maybe("formats", formats);
-        (self.target.clone().unwrap_or_else(no_object), params.into_dict(), options.into_dict())
+        Ok((self.target.clone().unwrap_or_else(no_object), params.into_dict(), options.into_dict()))
     }
 }
 
@@ -255,14 +256,14 @@ pub struct Merge {
 }
 
 impl Merge {
-    pub(crate) fn arguments(&self) -> (String, Entries, Dict) {
+    pub(crate) fn arguments(&self) -> Result<(String, Entries, Dict)> {
         let options = self.job.set(Options::new());
         let options = options
             .maybe("model", self.model.clone())
             .maybe("precision", self.precision.clone())
-            .maybe("strategy_config", object(&self.strategy_config))
+            .maybe("strategy_config", object(&self.strategy_config)?)
             .maybe("composition_lifetime", self.composition_lifetime.clone());
-        (self.strategy.clone(), entries(&self.adapters), options.into_dict())
+        Ok((self.strategy.clone(), entries(&self.adapters), options.into_dict()))
     }
 }
 
