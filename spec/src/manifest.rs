@@ -68,6 +68,16 @@ pub enum Delta {
     AlphaOverRank,
 }
 
+impl Delta {
+    /// The factor of B A.
+    pub fn scale(self, alpha: f32, rank: usize) -> f32 {
+        match self {
+            Self::Alpha => alpha,
+            Self::AlphaOverRank => alpha / rank as f32,
+        }
+    }
+}
+
 /// How the adapter was trained, as far as the algorithm's configuration does not say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -187,10 +197,7 @@ fn is_timestamp(text: &str) -> bool {
 impl Manifest {
     /// The factor of B A in a layer's change: alpha, or alpha / r.
     pub fn scale(&self) -> f32 {
-        match self.delta {
-            Delta::Alpha => self.alpha,
-            Delta::AlphaOverRank => self.alpha / self.rank as f32,
-        }
+        self.delta.scale(self.alpha, self.rank)
     }
 
     /// The rows that the adapter owns of a layer of `m` outputs, ascending.

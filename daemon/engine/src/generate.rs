@@ -163,7 +163,7 @@ fn sample(
     let mut latents: Vec<f32> = seeds.iter().flat_map(start).collect();
     let guidance_scale = request.guidance_scale;
     let mut denoiser = GuidedUNet { model, guidance_scale, conditioning, seeds, shape, progress };
-    // Every sampler treats each number for itself, so that a batch is one long vector to it.
+    // The whole batch in one slice; `Denoiser::shape` says how it is cut.
     request.sampler.sample(&mut denoiser, &mut latents, request.steps)?;
     latents.chunks(size).map(|latents| decode(model, latents, (channels, height, width))).collect()
 }

@@ -179,11 +179,14 @@ impl Composition {
             let LayerPlan::Factored(terms) = layer_plan else { continue };
             let wrong = |reason| wrong(&format!("layer {:?}: ", layer.name), reason);
             terms.sort_by_key(|term| term.adapter);
+            if let Some(term) = terms.iter().find(|term| term.adapter >= adapters.len()) {
+                return Err(wrong(format!("there is no adapter {}", term.adapter)));
+            }
             if let Some(pair) = terms.windows(2).find(|pair| pair[0].adapter == pair[1].adapter) {
                 return Err(wrong(format!("it adds adapter {} twice", pair[0].adapter)));
             }
             for Term { adapter, coefficients } in terms.iter() {
-                let placed = adapters.get(*adapter).ok_or_else(|| wrong(format!("there is no adapter {adapter}")))?;
+                let placed = &adapters[*adapter];
                 let name = placed.factors.name();
                 let Some(found) = placed.layer(index) else {
                     return Err(wrong(format!("adapter {name:?} does not change this layer")));
@@ -223,6 +226,11 @@ impl Composition {
             Some(LayerPlan::Dense(numbers)) => Some(numbers),
             _ => None,
         }
+    }
+
+    /// The id of the strategy that planned it.
+    pub(super) fn strategy_id(&self) -> &str {
+        self.strategy.as_ref().map_or("none", |strategy| strategy.id())
     }
 
     /// Whether the strategy computes this layer's change itself.

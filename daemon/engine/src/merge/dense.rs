@@ -93,6 +93,11 @@ impl DenseRewrite<'_> {
             *live = T::round(S::read(bytes) + delta);
             if !live.is_finite() {
                 let row = (first_row + at / columns) as u32;
+                if !delta.is_finite() {
+                    let reason =
+                        format!("the change that it writes for row {row} of {} is {delta}", self.target.info.name);
+                    return Err(Error::faulty_method(self.composition.strategy_id(), reason));
+                }
                 return Err(not_finite(self.target, self.index, self.composition, row));
             }
         }

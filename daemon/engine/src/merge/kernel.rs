@@ -9,6 +9,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -100,8 +101,6 @@ impl InplaceOp1 for Rewrite<'_> {
         }
     }
 }
-
-use candle_core::backend::BackendStorage;
 
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) trait Lanes: Element {}

@@ -13,8 +13,8 @@ pub trait Denoiser {
     /// Writes the predicted noise eps (whatever the model's own target is) for `latents` = z_t, [N, C, H, W] row-major
     /// in the variance-preserving scaling, at `timestep` (0..num_train_timesteps, fractions allowed).
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()>;
-    /// Fills `out` with standard normal numbers belonging to `step`; the same for the same step.
-    fn noise(&mut self, step: usize, out: &mut [f32]);
+    /// Fills `out` ([N, C, H, W]) with standard normal numbers belonging to `index`, the same for the same index.
+    fn noise(&mut self, index: usize, out: &mut [f32]);
     /// The seed of the first picture.
     fn seed(&self) -> u64;
     /// Called after each step with the current latents; returns [`crate::Error::Cancelled`] if

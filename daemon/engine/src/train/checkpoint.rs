@@ -98,8 +98,8 @@ impl Checkpoint {
         if header.run != self.run {
             return Err(Error::invalid_file(
                 &self.path,
-                "this checkpoint belongs to a run with other pictures, settings, seed or model; \
-                 give the same ones, or delete it to start anew",
+                "this checkpoint belongs to a run with other pictures, settings, seed or model, or with another version of \
+                 the method; give the same ones, or delete it to start anew",
             ));
         }
         let read = |group: &str, i: usize, len: Option<usize>| -> Result<Vec<f32>> {

@@ -80,6 +80,10 @@ pub struct EngineHost<'a> {
     progress: &'a mut dyn FnMut(Progress) -> Result<()>,
     /// Whether the UNet's activations are computed again rather than kept.
     checkpointing: bool,
+    /// The trainer and the steps that it planned, to be kept to.
+    planned: Option<(&'a str, usize)>,
+    /// The last step done; none: none here.
+    done: Option<usize>,
     /// VAE posteriors (mean, log variance) of pictures that fill the canvas whole.
     posteriors: HashMap<usize, (Tensor, Tensor)>,
 }
@@ -116,6 +120,8 @@ impl<'a> EngineHost<'a> {
             resume,
             progress,
             checkpointing,
+            planned: None,
+            done: None,
             posteriors: HashMap::new(),
         }
     }
@@ -124,6 +130,40 @@ impl<'a> EngineHost<'a> {
     pub fn with_sampler(mut self, sampler: Option<PriorSampler>) -> Self {
         self.sampler = sampler;
         self
+    }
+
+    /// The same for a trainer that must take the `steps` steps of its plan, one after the other.
+    pub fn with_plan(mut self, trainer: &'a str, steps: usize) -> Self {
+        self.planned = Some((trainer, steps));
+        self
+    }
+
+    /// Fails if the trainer has not taken the steps of its plan.
+    pub fn check_end(&self) -> Result<()> {
+        match self.planned {
+            Some((trainer, steps)) if self.done != Some(steps) => {
+                let done = self.done.unwrap_or(0);
+                Err(Error::faulty_method(trainer, format!("it ended after step {done} of the {steps} that it planned")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A step must be the next one, of as many as were planned, and have a loss; else what is saved would be no state to
+    /// go on from.
+    fn check_step(&self, step: usize, steps: usize, loss: f32) -> Result<()> {
+        let Some((trainer, planned)) = self.planned else { return Ok(()) };
+        let expected = self.done.unwrap_or(0) + 1;
+        let reason = if step != expected {
+            format!("it told of step {step} where step {expected} was due")
+        } else if steps != planned {
+            format!("it told of {steps} steps in all, but planned {planned}")
+        } else if !loss.is_finite() {
+            format!("it told of a loss of {loss} at step {step}")
+        } else {
+            return Ok(());
+        };
+        Err(Error::faulty_method(trainer, reason))
     }
 
     /// Sets whether the UNet's activations are computed again when gradients need them, which takes a third more time
@@ -407,12 +447,18 @@ impl TrainHost for EngineHost<'_> {
 
     fn resume(&mut self) -> Result<Option<TrainState>> {
         match &self.checkpoint {
-            Some((checkpoint, _)) if self.resume => checkpoint.load(),
+            Some((checkpoint, _)) if self.resume => {
+                let state = checkpoint.load()?;
+                self.done = state.as_ref().map(|state| state.step);
+                Ok(state)
+            }
             _ => Ok(None),
         }
     }
 
     fn step_done(&mut self, step: usize, state: &dyn Fn() -> TrainState, steps: usize, loss: f32) -> Result<()> {
+        self.check_step(step, steps, loss)?;
+        self.done = Some(step);
         let answer = (self.progress)(Progress { stage: Stage::Training, step, steps, loss: Some(loss) });
         if let Some((checkpoint, every)) = &self.checkpoint
             && (answer.is_err() || step.is_multiple_of(*every))

@@ -164,7 +164,7 @@ pub trait TrainHost {
     fn embedding(&self, word: &str) -> Result<Vec<f32>>;
     /// The pictures' captions; `{}` stands for the concept. None: only templates.
     fn captions(&self) -> &[Option<String>];
-    /// Numbers of one latent, C * H * W with the pixels H * W last.
+    /// [C, H, W] of one latent.
     fn latent_shape(&self) -> [usize; 3];
     /// Timesteps of the training schedule.
     fn num_train_timesteps(&self) -> usize;

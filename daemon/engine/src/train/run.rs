@@ -82,8 +82,10 @@ pub fn train(
     }
     let saved = Some((checkpoint.clone(), plan.checkpoint_every));
     let mut host = EngineHost::new(model, &request.concept, dataset, request.seed, saved, request.resume, progress)
-        .with_sampler(request.sampler.clone());
+        .with_sampler(request.sampler.clone())
+        .with_plan(&trainer.algorithm().id, plan.steps);
     let parameters = trainer.train(&mut host)?;
+    host.check_end()?;
     let digest = write(model, dataset, trainer, request, &plan, &parameters)?;
     Ok(TrainReport {
         digest,
@@ -149,10 +151,7 @@ fn check_plan(plan: &TrainPlan, concept: &Concept) -> Result<()> {
 fn check_parameters(model: &Model, trainer: &dyn Trainer, plan: &TrainPlan, parameters: &Parameters) -> Result<()> {
     let wrong =
         |reason: String| Err(Error::faulty_method(&trainer.algorithm().id, format!("what it trained: {reason}")));
-    let scale = match plan.delta {
-        blocklora_spec::Delta::Alpha => plan.alpha,
-        blocklora_spec::Delta::AlphaOverRank => plan.alpha / plan.rank as f32,
-    };
+    let scale = plan.delta.scale(plan.alpha, plan.rank);
     for f in &parameters.factors {
         let LayerInfo { name, rows: m, columns } = &model.layers()[f.layer];
         let rows = plan.partition.map_or_else(|| (0..*m as u32).collect(), |partition| partition.rows(*m));

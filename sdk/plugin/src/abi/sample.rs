@@ -150,6 +150,14 @@ struct Proxy<'a> {
     shape: [usize; 4],
     context: *mut (),
     table: DenoiserTableRef,
+    /// Why `noise`, which has no result, failed; the next call says so.
+    failed: Option<Error>,
+}
+
+impl Proxy<'_> {
+    fn check(&mut self) -> Result<()> {
+        self.failed.take().map_or(Ok(()), Err)
+    }
 }
 
 // SAFETY: `Job` asks for it; the context is used through `&mut self` only, so on one thread at a time, and the host
@@ -166,13 +174,16 @@ impl Denoiser for Proxy<'_> {
         self.shape
     }
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()> {
+        self.check()?;
         Ok(self.table.predict()(self.context, latents.into(), timestep, eps.into()).into_result()?)
     }
     fn noise(&mut self, index: usize, out: &mut [f32]) {
-        // Only a broken contract fails, and the next call that can says so.
-        drop(self.table.noise()(self.context, index, out.into()));
+        if let Err(error) = self.table.noise()(self.context, index, out.into()).into_result() {
+            self.failed = Some(error.into());
+        }
     }
     fn step_done(&mut self, step: usize, steps: usize, latents: &[f32]) -> Result<()> {
+        self.check()?;
         Ok(self.table.step_done()(self.context, step, steps, latents.into()).into_result()?)
     }
 }
@@ -196,8 +207,9 @@ impl<S: Sampler + 'static> Plugin<S> {
             let sampler = unsafe { instance.get::<S>() };
             let RawDenoiser { job, schedule, shape, context, table } = denoiser;
             let schedule = convert::schedule(&schedule)?;
-            let mut proxy = Proxy { job: JobProxy(job), schedule, shape, context, table };
-            Sampler::sample(sampler, &mut proxy, latents.into_mut_slice(), steps)
+            let mut proxy = Proxy { job: JobProxy(job), schedule, shape, context, table, failed: None };
+            Sampler::sample(sampler, &mut proxy, latents.into_mut_slice(), steps)?;
+            proxy.check()
         })
     }
 }

@@ -54,10 +54,7 @@ pub struct TrainPlan {
 impl TrainPlan {
     /// The factor of B A in every layer.
     pub fn scale(&self) -> f32 {
-        match self.delta {
-            Delta::Alpha => self.alpha,
-            Delta::AlphaOverRank => self.alpha / self.rank as f32,
-        }
+        self.delta.scale(self.alpha, self.rank)
     }
 }
 

@@ -35,7 +35,8 @@ use crate::error::Result;
 /// interrupted and resumed: random numbers come from [`Job::rng`](crate::Job::rng) keyed by the step, and everything
 /// that carries over from step to step is in [`TrainState`].
 pub trait Trainer: Config + Send + Sync {
-    /// What the adapter file will say about itself; called before anything costly, and again for no reason.
+    /// What the adapter file will say about itself; called before anything costly, and maybe more than once, with the same
+    /// answer. The training takes as many steps as it says.
     fn plan(&self, concept: &Concept) -> Result<TrainPlan>;
 
     /// Runs the whole training on `host`. Calls [`TrainHost::step_done`] after every step, and passes on at once
