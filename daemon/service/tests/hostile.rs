@@ -85,7 +85,7 @@ fn use_it(live: &mut Live, plugins: &Plugins, kind: PluginKind, mode: &str) -> R
                 count: 1,
             };
             let mut progress = |step: Step<'_>| {
-                let cancels = mode == "ignores-cancel" && step.step == 0;
+                let cancels = matches!(mode, "ignores-cancel" | "never-ends") && step.step == 0;
                 if cancels { Err(blocklora_engine::Error::Cancelled) } else { Ok(()) }
             };
             generate(&live.model, &request, &mut progress).map(drop).map_err(|e| e.to_string())
@@ -129,6 +129,10 @@ fn run(live: &mut Live, before: &[u32], case: &Case, isolation: Isolation) {
             assert!(message.contains(says) && message.contains(cure), "{name}: {message}");
             assert_eq!((entry.state, entry.crashes), (State::Ready, 0), "{name}");
             assert!(!message.contains('\n'));
+        }
+        (Ends::Killed, Err(message)) => {
+            assert!(message.contains("cancelled"), "{name}: {message}");
+            assert_eq!((entry.state, entry.crashes), (State::Ready, 0), "{name}");
         }
         (Ends::Quarantined(says), Err(message)) => {
             assert!(says.iter().any(|says| message.contains(says)), "{name}: {message}");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blocklora_engine::merge::strategy::{AdapterView, Coefficients, Factors, LayerInfo, LayerPlan};
-use blocklora_engine::sample::{Denoiser, NoiseSchedule};
+use blocklora_engine::sample::{Denoiser, NoiseSchedule, TimestepSpacing};
 use blocklora_engine::{Error, Result};
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_service::plugins::{Isolation, PluginError, State};
@@ -71,6 +71,7 @@ fn wrong_settings_and_names_are_one_line_with_the_cure() {
 /// Data of one value: eps is exact.
 struct Constant {
     schedule: NoiseSchedule,
+    first_timestep: f32,
     steps: usize,
     cancel_after: usize,
     fail_after: usize,
@@ -78,7 +79,7 @@ struct Constant {
 
 fn constant() -> Constant {
     let schedule = NoiseSchedule { steps_offset: 1, ..NoiseSchedule::scaled_linear(0.00085, 0.012, 1000).unwrap() };
-    Constant { schedule, steps: 0, cancel_after: usize::MAX, fail_after: usize::MAX }
+    Constant { schedule, first_timestep: 0.0, steps: 0, cancel_after: usize::MAX, fail_after: usize::MAX }
 }
 
 impl Denoiser for Constant {
@@ -94,6 +95,9 @@ impl Denoiser for Constant {
     fn predict(&mut self, latents: &[f32], timestep: f32, eps: &mut [f32]) -> Result<()> {
         if self.steps >= self.fail_after {
             return Err(Error::option("model", "gone", "the test says so"));
+        }
+        if self.steps == 0 {
+            self.first_timestep = timestep;
         }
         let (alpha, sigma) = self.schedule.alpha_sigma_at(timestep);
         eps.iter_mut().zip(latents).for_each(|(eps, z)| *eps = (z - alpha * 0.5) / sigma);
@@ -232,6 +236,48 @@ fn worker_of(manifest: &Path) -> (rustix::process::Pid, i32) {
     let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().parse().unwrap();
     let id = process.file_name().unwrap().to_str().unwrap().parse().unwrap();
     (rustix::process::Pid::from_raw(id).unwrap(), group)
+}
+
+/// What was loaded is a copy, so that `cp` over a library that works is no crash.
+#[test]
+fn a_library_that_is_written_over_in_use_works_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (installed, _, library) = install_ddim(&folder);
+    let host = host(&folder, |options| options.folders = vec![installed.clone()]);
+    let sampler = host.sampler("ddim", &Value::Null).unwrap();
+    let bytes = std::fs::read(&library).unwrap();
+    std::fs::write(&library, vec![0; bytes.len()]).unwrap();
+    sampler.sample(&mut constant(), &mut [0.5; 4], 3).unwrap();
+    let error = host.sampler("ddim", &Value::Null).map(drop).unwrap_err().to_string();
+    assert!(error.contains("sample-ddim"), "{error}");
+    std::fs::write(&library, bytes).unwrap();
+    host.sampler("ddim", &Value::Null).unwrap().sample(&mut constant(), &mut [0.5; 4], 3).unwrap();
+}
+
+#[test]
+fn what_is_no_file_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (installed, _, library) = install_ddim(&folder);
+    std::fs::remove_file(&library).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, &library, rustix::fs::Mode::RUSR).unwrap();
+    let host = host(&folder, |options| options.folders = vec![installed.clone()]);
+    let State::Missing(reason) = host.list().0.remove(0).state else { panic!("it is listed as a library") };
+    assert!(reason.contains("no plain file"), "{reason}");
+    assert!(host.sampler("ddim", &Value::Null).is_err());
+}
+
+/// diffusers' DDIM leads from a multiple of a stride, its DPM-Solver starts at the last timestep.
+#[test]
+fn on_a_model_that_names_no_spacing_each_sampler_has_its_own() {
+    let first = |id: &str, spacing| {
+        let mut data = constant();
+        data.schedule.spacing = spacing;
+        plugins().sampler(id, &Value::Null).unwrap().sample(&mut data, &mut [0.5; 4], 20).unwrap();
+        data.first_timestep
+    };
+    assert_eq!((first("ddim", None), first("dpmpp-2m", None)), (951.0, 999.0));
+    let said = Some(TimestepSpacing::Leading);
+    assert_eq!((first("ddim", said), first("dpmpp-2m", said)), (951.0, 941.0));
 }
 
 /// A service that is stopped and a terminal's Ctrl-C end workers, too: that says nothing about the plugin.

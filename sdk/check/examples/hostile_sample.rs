@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use blocklora_sdk::sample::{Denoiser, Sampler};
-use blocklora_sdk::{Config, Result};
+use blocklora_sdk::{Config, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,9 @@ impl Sampler for Hostile {
     fn sample(&self, denoiser: &mut dyn Denoiser, z: &mut [f32], steps: usize) -> Result<()> {
         misbehave("sample");
         hand_over(denoiser, "sample")?;
+        if mode("cancelled") {
+            return Err(Error::cancelled());
+        }
         let schedule = denoiser.schedule().clone();
         let timesteps = schedule.timesteps(if mode("ignores-steps") { 20 } else { steps })?;
         let mut eps = vec![0.0; z.len()];
@@ -31,7 +34,13 @@ impl Sampler for Hostile {
             if mode("wrong-timestep") {
                 denoiser.predict(z, -1.0, &mut eps)?;
             }
+            if mode("short-noise") {
+                denoiser.noise(step, &mut eps[1..]);
+            }
             denoiser.predict(z, t as f32, &mut eps)?;
+            while mode("never-ends") {
+                drop(denoiser.predict(z, t as f32, &mut eps).and_then(|()| denoiser.step_done(step, steps, z)));
+            }
             for (z, eps) in z.iter_mut().zip(&eps) {
                 *z = next.0 * (*z - sigma * eps) / alpha + next.1 * eps;
             }

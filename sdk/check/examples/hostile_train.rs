@@ -28,7 +28,8 @@ impl Config for Hostile {
 impl Trainer for Hostile {
     fn plan(&self, concept: &Concept) -> Result<TrainPlan> {
         misbehave("plan");
-        Ok(self.settings.plan(concept))
+        let plan = self.settings.plan(concept);
+        Ok(TrainPlan { steps: plan.steps + usize::from(mode("plans-more")), ..plan })
     }
 
     fn train(&self, host: &mut dyn TrainHost) -> Result<Parameters> {

@@ -21,8 +21,12 @@ macro_rules! template {
     };
 }
 
+/// The SDK in the source tree that this was built from.
+const SDK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../plugin");
+
 /// Writes the crate `<kind>-<id>` into `parent`, which passes its tests as it is, and returns its folder. `sdk` is the
-/// folder of the SDK to build with; without it the crate takes the released one. Fails where the folder exists.
+/// folder of the SDK to build with; without it the one of the source tree that this was built from, if that is there.
+/// Fails where the folder exists.
 pub fn new_plugin(id: &str, kind: PluginKind, parent: &Path, sdk: Option<&Path>) -> Result<PathBuf> {
     let is_id = id.len() <= 64
         && id.starts_with(|c: char| c.is_ascii_lowercase())
@@ -44,10 +48,7 @@ pub fn new_plugin(id: &str, kind: PluginKind, parent: &Path, sdk: Option<&Path>)
     }
     // Behind the id, so that no id gives a name that Rust or the SDK has already.
     let type_name = id.split('-').map(capitalised).collect::<String>() + "Method";
-    let dependency = match sdk {
-        Some(path) => format!("{{ path = {:?} }}", path.canonicalize()?.display().to_string()),
-        None => format!("{:?}", env!("CARGO_PKG_VERSION")),
-    };
+    let dependency = format!("{{ path = {:?} }}", sdk_folder(sdk)?.display().to_string());
     for (name, text) in files {
         let name = name.replace(ID, id);
         let text = text
@@ -60,6 +61,19 @@ pub fn new_plugin(id: &str, kind: PluginKind, parent: &Path, sdk: Option<&Path>)
         std::fs::write(path, text)?;
     }
     Ok(folder)
+}
+
+/// The folder of the SDK, after a look whether it is one.
+fn sdk_folder(given: Option<&Path>) -> Result<PathBuf> {
+    let folder = given.unwrap_or(Path::new(SDK));
+    let cure = "give sdk/plugin of a source tree of BlockLoRA with --sdk";
+    let failed = |reason: String| Error::new(ErrorKind::NotFound, format!("{}: {reason}: {cure}", folder.display()));
+    let manifest = std::fs::read_to_string(folder.join("Cargo.toml"));
+    let manifest = manifest.map_err(|e| failed(format!("no SDK is there ({e})")))?;
+    if !manifest.lines().any(|line| line.trim() == "name = \"blocklora-sdk\"") {
+        return Err(failed("its Cargo.toml is that of something else".to_owned()));
+    }
+    folder.canonicalize()
 }
 
 fn capitalised(word: &str) -> String {

@@ -97,8 +97,7 @@ impl Manifest {
 
     /// The ABI version as numbers.
     pub fn abi(&self) -> Option<(u32, u32)> {
-        let (major, minor) = self.abi.split_once('.')?;
-        Some((major.parse().ok()?, minor.parse().ok()?))
+        abi_version(&self.abi)
     }
 
     /// Checks every field for itself; the reason names the field and what is allowed.
@@ -143,6 +142,12 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+/// "major.minor" as numbers.
+pub fn abi_version(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 fn is_id(id: &str) -> bool {

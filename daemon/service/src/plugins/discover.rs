@@ -140,10 +140,25 @@ pub fn read(path: &Path) -> Result<Found, String> {
 
 /// Reads a manifest's text.
 pub fn parse(text: &str) -> Result<Manifest, String> {
+    // A newer one may have keys that this release does not know.
+    let abi = toml::from_str::<Abi>(text).ok().and_then(|Abi { abi }| blocklora_sdk::manifest::abi_version(&abi));
+    if let Some((major, minor)) = abi.filter(|abi| *abi > ABI_VERSION) {
+        let (ours, our_minor) = ABI_VERSION;
+        return Err(format!(
+            "it was built for ABI {major}.{minor}, and this release has {ours}.{our_minor}: install a newer BlockLoRA, or \
+             the plugin built for {ours}.{our_minor}"
+        ));
+    }
     let manifest: Manifest =
         toml::from_str(text).map_err(|e| format!("not a plugin's manifest: {}", e.message().replace('\n', " ")))?;
     manifest.check()?;
     Ok(manifest)
+}
+
+/// The one key that every version of the manifest has.
+#[derive(serde::Deserialize)]
+struct Abi {
+    abi: String,
 }
 
 /// Beside the manifest; for a manifest in the source tree beside the executable, where cargo puts it.
@@ -224,6 +239,7 @@ mod tests {
             (("abi = \"1.0\"", "abi = \"one\""), "major.minor"),
             (("memory_mib = 1", "memory_mib = 0"), "memory_mib"),
             (("memory_mib = 1", "memory_mib = 1\nextra = 1"), "extra"),
+            (("abi = \"1.0\"", "abi = \"1.99\"\nextra = 1"), "built for ABI 1.99, and this release has 1."),
             (("id = \"x\"", "id = \"y\""), "merge-y.toml"),
         ] {
             let broken = search_one("merge-x.toml", &MANIFEST.replace(change.0, change.1)).broken;

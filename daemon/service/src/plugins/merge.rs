@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::running::{Place, inside};
 use super::train::layers;
+use super::{stop, words};
 
 pub struct PluginStrategy {
     algorithm: Algorithm,
@@ -35,22 +36,22 @@ impl PluginStrategy {
 
 /// A plugin's error as the engine's.
 pub fn failed(id: &str, error: blocklora_sdk::Error) -> Error {
-    match error.code {
-        Code::Cancelled => Error::Cancelled,
-        code => {
-            let fault = match code {
-                Code::Panicked | Code::Contract => return Error::faulty_method(id, error.message),
-                Code::InvalidConfig => MethodFault::Option,
-                Code::Incompatible => MethodFault::Incompatible,
-                _ => MethodFault::Failed,
-            };
-            let reason = match code {
-                Code::NotFinite => format!("{}: use other settings, or another method", error.message),
-                _ => error.message,
-            };
-            Error::Method { method: id.to_owned(), reason, fault }
+    let message = words::said(&error.message);
+    let fault = match error.code {
+        Code::Cancelled if stop::is_asked_for() => return Error::Cancelled,
+        Code::Cancelled => {
+            return Error::faulty_method(id, "it says that the job is cancelled, which nobody has done");
         }
-    }
+        Code::Panicked | Code::Contract => return Error::faulty_method(id, message),
+        Code::InvalidConfig => MethodFault::Option,
+        Code::Incompatible => MethodFault::Incompatible,
+        _ => MethodFault::Failed,
+    };
+    let reason = match error.code {
+        Code::NotFinite => format!("{message}: use other settings, or another method"),
+        _ => message,
+    };
+    Error::Method { method: id.to_owned(), reason, fault }
 }
 
 /// The adapters as a plugin sees them.

@@ -21,6 +21,7 @@ mod scan;
 mod settings;
 pub mod stop;
 mod train;
+mod words;
 mod worker;
 
 use std::collections::HashMap;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use blocklora_engine::weights::hex;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -99,7 +99,7 @@ impl Records {
         if let Some(seen) = self.lock().state.files.get(path).filter(|seen| seen.looks == looks) {
             return Ok(seen.digest.clone());
         }
-        let digest = digest_of(&mut File::open(path)?)?;
+        let digest = digest_of(&mut open_file(path)?)?;
         let seen = Seen { looks, digest: digest.clone() };
         self.change(|state| drop(state.files.insert(path.to_owned(), seen)));
         Ok(digest)
@@ -163,6 +163,16 @@ fn read(path: &Path) -> State {
 }
 
 /// SHA-256 of the rest of `file`, in hex.
+/// Opens a file for reading; what is no plain file is an error, and is not waited for.
+pub fn open_file(path: &Path) -> std::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is no plain file"));
+    }
+    Ok(file)
+}
+
 pub fn digest_of(file: &mut File) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 16];

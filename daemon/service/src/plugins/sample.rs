@@ -13,6 +13,7 @@ use super::artefacts::Artefacts;
 use super::merge::failed;
 use super::running::{Place, inside, outside};
 use super::stop::Stop;
+use super::words;
 
 pub struct PluginSampler {
     pub id: String,
@@ -123,6 +124,7 @@ impl Job for QuietJob {
         self.cancelled.load(Ordering::Relaxed) || self.stop.as_ref().is_some_and(|stop| stop())
     }
     fn log(&self, level: LogLevel, message: &str) {
+        let message = words::said(message);
         match level {
             LogLevel::Warning => tracing::warn!("plugin: {message}"),
             LogLevel::Info => tracing::info!("plugin: {message}"),

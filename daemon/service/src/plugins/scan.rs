@@ -1,11 +1,13 @@
 //! The first look at a library, in a helper process: whatever it does there, this process goes on.
 
 use std::fs::File;
+use std::io::{self, Seek};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blocklora_sdk::abi::Library;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,7 +15,7 @@ use serde_json::Value;
 use super::discover::{self, Found};
 use super::error::{PluginError, Result};
 use super::helper::{self, End};
-use super::records::{Records, Scanned, digest_of};
+use super::records::{Records, Scanned, digest_of, open_file};
 
 /// The hidden command of the daemon's program.
 pub const COMMAND: &str = "__plugin-scan";
@@ -67,17 +69,27 @@ fn scan(found: &Found) -> Result<Scanned, String> {
     })
 }
 
-/// Opens a library by a descriptor, so that what was digested is what is loaded, and a new file at the same path is a new
-/// library. Returns it with the digest of its file.
+/// Opens a library as a copy in memory, so that what was digested is what is loaded and stays it, whatever is written
+/// over the file meanwhile. Returns it with the digest of its file.
 pub fn open(path: &Path) -> Result<(Library, String), String> {
-    let missing = |e: std::io::Error| format!("its library {}: {e}: install the plugin again", path.display());
-    let mut file = File::open(path).map_err(missing)?;
-    let digest = digest_of(&mut file).map_err(missing)?;
-    let by_descriptor = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let missing = |e: io::Error| format!("its library {}: {e}: install the plugin again", path.display());
+    let mut copy = sealed_copy(open_file(path).map_err(missing)?).map_err(missing)?;
+    let digest = digest_of(&mut copy).map_err(missing)?;
+    let by_descriptor = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
     let library = Library::open(&by_descriptor).map_err(|e| e.0.replace(&*by_descriptor.to_string_lossy(), "it"))?;
     // The loader knows the library by this name: the number must never mean another file.
-    std::mem::forget(file);
+    std::mem::forget(copy);
     Ok((library, digest))
+}
+
+/// The bytes of `file` in memory that nobody can change any more, read from their beginning.
+fn sealed_copy(mut file: File) -> io::Result<File> {
+    let mut copy =
+        File::from(memfd_create("blocklora-plugin-library", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    io::copy(&mut file, &mut copy)?;
+    fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    copy.rewind()?;
+    Ok(copy)
 }
 
 /// Checks that the library is the one that its manifest describes.

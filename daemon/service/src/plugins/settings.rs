@@ -27,7 +27,7 @@ fn line(error: &ValidationError<'_>, schema: &Value) -> String {
         let deeper = context
             .iter()
             .flatten()
-            .filter(|e| !matches!(e.kind(), ValidationErrorKind::Constant { .. }) && !is_null_branch(e))
+            .filter(|e| !is_choice(e) && !is_null_branch(e))
             .max_by_key(|e| e.instance_path().to_string().len());
         if let Some(deeper) = deeper {
             return line(deeper, schema);
@@ -46,6 +46,11 @@ fn line(error: &ValidationError<'_>, schema: &Value) -> String {
     }
 }
 
+/// Whether the error is that a value is none of some choices. (Those with a description have a branch each.)
+fn is_choice(error: &ValidationError<'_>) -> bool {
+    matches!(error.kind(), ValidationErrorKind::Constant { .. } | ValidationErrorKind::Enum { .. })
+}
+
 /// Whether the error comes from the `null` branch of an optional setting.
 fn is_null_branch(error: &ValidationError<'_>) -> bool {
     matches!(error.kind(), ValidationErrorKind::Type { .. }) && error.to_string().ends_with("\"null\"")
@@ -62,9 +67,10 @@ fn allowed(kind: &ValidationErrorKind, error: &ValidationError<'_>) -> String {
             let values: Vec<Value> = context
                 .iter()
                 .flatten()
-                .filter_map(|e| match e.kind() {
-                    ValidationErrorKind::Constant { expected_value } => Some((**expected_value).clone()),
-                    _ => None,
+                .flat_map(|e| match e.kind() {
+                    ValidationErrorKind::Constant { expected_value } => vec![(**expected_value).clone()],
+                    ValidationErrorKind::Enum { options } => options.as_array().cloned().unwrap_or_default(),
+                    _ => Vec::new(),
                 })
                 .collect();
             one_of(values.iter())
@@ -135,6 +141,7 @@ mod tests {
             "properties": {
                 "rank": {"type": "integer", "minimum": 1, "maximum": 1024},
                 "normalise": {"$ref": "#/$defs/Normalise"},
+                "mode": {"oneOf": [{"type": "string", "enum": ["fast", "slow"]}, {"type": "string", "const": "good"}]},
                 "learning_rate": {"$ref": "#/$defs/Rates"},
                 "partition": {"anyOf": [{"$ref": "#/$defs/Partition"}, {"type": "null"}]},
             },
@@ -173,7 +180,8 @@ mod tests {
         for (bad, expected) in [
             (json!({"rank": 0}), "rank = 0: must be 1 or more"),
             (json!({"rank": "four"}), "rank = \"four\": must be of the type integer"),
-            (json!({"rang": 4}), "unknown key rang: the keys are learning_rate, normalise, partition, rank"),
+            (json!({"rang": 4}), "unknown key rang: the keys are learning_rate, mode, normalise, partition, rank"),
+            (json!({"mode": "bad"}), "mode = \"bad\": must be one of fast, slow, good"),
             (json!({"normalise": "sum"}), "normalise = \"sum\": must be one of owners, sum1"),
             (json!({"learning_rate": {"unet": 11}}), "learning_rate.unet = 11: must be 10 or less"),
             (json!({"learning_rate": {"vae": 1}}), "unknown key learning_rate.vae: the keys are tokens, unet"),

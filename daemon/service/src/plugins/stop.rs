@@ -17,6 +17,11 @@ pub fn current() -> Option<Stop> {
     CURRENT.with_borrow(Clone::clone)
 }
 
+/// Whether the job that this thread works on is to end.
+pub fn is_asked_for() -> bool {
+    current().is_some_and(|stop| stop())
+}
+
 /// Does some work of the job that `stop` speaks of on this thread.
 pub fn during<T>(stop: Stop, work: impl FnOnce() -> T) -> T {
     current::during(&CURRENT, stop, work)

@@ -12,6 +12,8 @@ pub enum Ends {
     Well,
     /// With an error that says this, and this as the cure; the plugin may be used again.
     Refused(&'static str, &'static str),
+    /// Cancelled, once its process has been killed.
+    Killed,
     /// With an error that says one of these; the plugin is quarantined.
     Quarantined(&'static [&'static str]),
 }
@@ -27,7 +29,7 @@ pub struct Case {
 impl Case {
     /// Whether it may happen in the process that the model lives in.
     pub fn spares_its_process(&self) -> bool {
-        !matches!(self.ends, Ends::Quarantined(_))
+        !matches!(self.ends, Ends::Quarantined(_) | Ends::Killed)
     }
 }
 
@@ -73,7 +75,7 @@ pub fn cases() -> Vec<Case> {
         (Merge, "panic-check", Ends::Refused("no settings today", "report it to the plugin's author")),
         (Merge, "panic-drop", Ends::Refused("no farewell today", "report it to the plugin's author")),
         (Merge, "nan", Ends::Refused("is NaN; it must be finite", REPORT)),
-        (Merge, "nan-fill", Ends::Refused("does not stay finite", "lower the weight (nothing was changed)")),
+        (Merge, "nan-fill", Ends::Refused("the change that it writes for row 0 of", REPORT)),
         (Merge, "wrong-shape", Ends::Refused("planned", REPORT)),
         (Merge, "rows-outside", Ends::Refused("coefficients for the", REPORT)),
         (Merge, "adapter-outside", Ends::Refused("adapter 99", REPORT)),
@@ -86,7 +88,11 @@ pub fn cases() -> Vec<Case> {
         (Sample, "ignores-steps", Ends::Refused("it told of 20 steps instead of 3", REPORT)),
         // Cancelled is cancelled, also where the plugin goes on: there is nothing to mend.
         (Sample, "ignores-cancel", Ends::Refused("cancelled", "")),
+        (Sample, "never-ends", Ends::Killed),
+        (Sample, "cancelled", Ends::Refused("it says that the job is cancelled, which nobody has done", REPORT)),
+        (Sample, "short-noise", Ends::Refused("numbers for", REPORT)),
         (Train, "honest", Ends::Well),
+        (Train, "plans-more", Ends::Refused("it told of 1 steps in all, but planned 2", REPORT)),
         (Train, "wrong-shape", Ends::Refused("B has", REPORT)),
         (Train, "rows-outside", Ends::Refused("rows", REPORT)),
         (Train, "nan", Ends::Refused("a trained number is not finite", "use other settings, or another method")),

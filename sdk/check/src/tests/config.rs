@@ -74,9 +74,10 @@ pub fn round_trip(subject: &Subject) -> Verdict {
     Ok(())
 }
 
-/// What the schema refuses, the plugin refuses, too, and names the key.
+/// Values of a wrong type, which the schema refuses, the plugin refuses, too, and it names unknown keys. Lengths,
+/// patterns and ranges the host has checked before the plugin sees a value.
 pub fn refuses(subject: &Subject) -> Verdict {
-    let schema = schema_of(subject)?;
+    let schema = types_of(schema_of(subject)?);
     let validator = validator(&schema)?;
     let unknown = "no_such_setting";
     if validator.is_valid(&json!({ unknown: 1 })) {
@@ -97,10 +98,32 @@ pub fn refuses(subject: &Subject) -> Verdict {
     Ok(())
 }
 
+/// A schema without what it says of a value beside its type.
+fn types_of(mut schema: Value) -> Value {
+    match &mut schema {
+        Value::Object(object) => {
+            // A setting may have such a name, and its schema is an object.
+            object.retain(|key, value| {
+                value.is_object()
+                    || !["pattern", "format", "minLength", "maxLength", "minItems", "maxItems", "uniqueItems"]
+                        .contains(&key.as_str())
+            });
+            object.values_mut().for_each(|value| *value = types_of(value.take()));
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| *item = types_of(item.take())),
+        _ => {}
+    }
+    schema
+}
+
 fn refused(subject: &Subject, settings: &Value) -> Result<String, String> {
     match subject.library.resolve(settings) {
         Err(e) if e.code == Code::InvalidConfig => Ok(e.message),
-        other => wrong(format!("the settings {settings} must be an InvalidConfig error, not {other:?}")),
+        Ok(taken) => wrong(format!(
+            "the settings {settings}, which do not fit the schema, are taken as {taken}: let the settings' types be those of \
+             the schema"
+        )),
+        Err(e) => wrong(format!("the settings {settings} must be an InvalidConfig error, not {e:?}")),
     }
 }
 

@@ -31,7 +31,6 @@ pub const COMMAND: &str = "__plugin-worker";
 pub fn serve(manifest: &Path) -> u8 {
     let Ok((socket, memory)) = inherited() else { return 2 };
     end_with_the_host(&socket);
-    // Whatever the plugin prints must not end up in the memory.
     let link = Link(Mutex::new(Wire::worker(socket, memory)));
     match work(&link, manifest) {
         // The host has gone, which is how a worker ends.
@@ -59,6 +58,10 @@ fn end_with_the_host(socket: &UnixStream) {
 fn inherited() -> io::Result<(UnixStream, File)> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let memory = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    // Whatever the plugin prints must not end up in the memory, nor what it reads come from the socket.
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&nothing)?;
+    rustix::stdio::dup2_stdout(&nothing)?;
     Ok((socket, memory))
 }
 

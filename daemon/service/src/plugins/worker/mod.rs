@@ -36,6 +36,8 @@ use wire::{Payload, Wire};
 
 /// How long a plugin may work without asking its host for anything.
 pub const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How long it may work on once its job is to end.
+const IGNORED_MAX: Duration = Duration::from_secs(30);
 /// How often a worker that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// Memory beside the declared one: the program itself, and the numbers it was sent.
@@ -171,10 +173,13 @@ impl Worker {
         }
         let limit = baseline.saturating_add(self.memory_bytes + ALLOWANCE_BYTES);
         let mut result = wire.send(request, payload);
+        // How long the worker, not its host, has worked since the job was to end.
+        let (mut ignored, ignored_max) = (Duration::ZERO, IGNORED_MAX.min(self.silence_max));
         loop {
             let began = Instant::now();
             let limit = limit.saturating_add(4 * wire.sent_bytes);
-            let mut overrun = None;
+            let was_to_end = services.is_to_end();
+            let (mut overrun, mut goes_on) = (None, false);
             let mut look = || {
                 let took = resident(child).unwrap_or(0);
                 overrun = if *baseline > 0 && took > limit {
@@ -188,12 +193,24 @@ impl Worker {
                 } else {
                     None
                 };
-                if overrun.is_some() { Err(ErrorKind::TimedOut.into()) } else { Ok(()) }
+                goes_on = services.is_to_end() && ignored + began.elapsed() > ignored_max;
+                if overrun.is_some() || goes_on { Err(ErrorKind::TimedOut.into()) } else { Ok(()) }
             };
             let received = match result {
                 Ok(()) => wire.receive::<Call>(&mut look),
                 Err(error) => Err(error),
             };
+            if was_to_end {
+                ignored += began.elapsed();
+            }
+            if goes_on || ignored > ignored_max {
+                // Nobody waits for its work, so that this is no misdeed; but others wait for the device.
+                drop(child.kill());
+                drop(child.wait());
+                *gone = Some("it went on when its job was to end; its worker process was killed".to_owned());
+                self.gone.store(true, Ordering::Relaxed);
+                return Err(Error::cancelled());
+            }
             let (call, numbers) = match received {
                 Ok(received) => received,
                 Err(error) => {

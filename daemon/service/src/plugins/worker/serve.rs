@@ -7,6 +7,7 @@ use blocklora_sdk::{Error, Job, LogLevel, Result};
 use super::messages::{self as m, Call, Reply};
 use super::number_of;
 use super::wire::Payload;
+use crate::plugins::stop;
 
 /// What a request's plugin may call.
 pub enum Services<'a> {
@@ -44,6 +45,11 @@ impl Services<'_> {
             Ok(reply) => (reply, out),
             Err(error) => (Reply::Failed(number_of(error.code), error.message), Payload::default()),
         }
+    }
+
+    /// Whether the job that this is done for is to end, whether or not the plugin knows it yet.
+    pub fn is_to_end(&self) -> bool {
+        self.job().is_some_and(Job::is_cancelled) || stop::is_asked_for()
     }
 
     fn job(&self) -> Option<&dyn Job> {
