@@ -81,7 +81,7 @@ impl MergeStrategy for Ties {
         };
         let taus: Vec<Vec<f32>> = tile.present().zip(tile.numbers).map(trimmed).collect();
         for (p, merged) in delta.iter_mut().enumerate() {
-            // In f64, so that the vote does not depend on the order in which it is counted.
+            // In f64: rounding in f32 could decide a close vote.
             let entries = || taus.iter().map(|tau| f64::from(tau[p]));
             // Step 2, elect: the sign with the greater total magnitude. On a draw nobody has it, and p stays pristine.
             let gamma: f64 = entries().sum();

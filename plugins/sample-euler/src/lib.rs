@@ -7,7 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Algorithm 1 of the paper without its correction (k-diffusion's `sample_euler` without churn): a step along
-/// dx / dsigma = eps with x = z / alpha = z_0 + sigma eps. Step for step diffusers' EulerDiscreteScheduler.
+/// dx / dsigma = eps with x = z / alpha = z_0 + sigma eps. Step for step diffusers' EulerDiscreteScheduler, from
+/// x = z sqrt(sigma^2 + 1), the variance that training had, with every spacing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Euler {

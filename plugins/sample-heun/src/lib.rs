@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Algorithm 1 of the paper: an Euler step along dx / dsigma = eps with x = z / alpha = z_0 + sigma eps, taken again
 /// with the mean of the derivatives at both of its ends; the last step, to sigma = 0, has one end only. Step for step
-/// diffusers' HeunDiscreteScheduler. Makes 2 steps - 1 predictions.
+/// diffusers' HeunDiscreteScheduler, from x = z sqrt(sigma^2 + 1), the variance that training had, with every spacing. Makes
+/// 2 steps - 1 predictions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Heun {

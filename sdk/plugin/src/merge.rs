@@ -214,9 +214,9 @@ pub fn present<'a>(
 /// The plan that adds every adapter to every layer that it changes, all of its rows with the coefficient `c(index,
 /// adapter)`: W = W0 + sum_i c_i s_i B_i A_i.
 pub fn weighted_sum(layers: &[Layer], adapters: &[Adapter<'_>], c: impl Fn(usize, &Adapter<'_>) -> f32) -> Plan {
-    let term = |(adapter, what, _): (usize, &Adapter<'_>, _)| Term {
-        adapter,
-        coefficients: Coefficients::Uniform(c(adapter, what)),
+    let term = |(index, adapter, _): (usize, &Adapter<'_>, _)| Term {
+        adapter: index,
+        coefficients: Coefficients::Uniform(c(index, adapter)),
     };
     (0..layers.len()).map(|layer| LayerPlan::Factored(present(adapters, layer).map(term).collect())).collect()
 }

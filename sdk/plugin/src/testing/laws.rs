@@ -68,6 +68,11 @@ pub fn check_laws(declares: &[Law], strategy: &dyn AnyMergeStrategy) -> Result<(
 }
 
 fn compare(problem: &Problem, merged: &[Vec<f32>], expected: &[Vec<f32>], what: &str) -> Result<()> {
+    if merged.len() != problem.layers.len() || expected.len() != merged.len() {
+        let message =
+            format!("{what}: {} layers, {} expected, of {}", merged.len(), expected.len(), problem.layers.len());
+        return Err(Error::new(Code::Failed, message));
+    }
     for (layer, (merged, expected)) in problem.layers.iter().zip(merged.iter().zip(expected)) {
         let largest = expected.iter().fold(1.0f32, |most, x| most.max(x.abs()));
         for (i, (a, b)) in merged.iter().zip(expected).enumerate() {

@@ -73,6 +73,9 @@ pub fn check_merge(golden: &MergeGolden, name: &str, strategy: &dyn AnyMergeStra
             return failed(format!("tiles of {tile_rows} rows give another result than whole layers"));
         }
     }
+    if expected.len() != merged.len() {
+        return failed(format!("golden values for {} layers of {}", expected.len(), merged.len()));
+    }
     for (layer, (ours, theirs)) in golden.problem.layers.iter().zip(merged.iter().zip(expected)) {
         if ours.len() != theirs.len() {
             return failed(format!("{} golden values for {} of {}", theirs.len(), ours.len(), layer.name));

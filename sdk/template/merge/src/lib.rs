@@ -25,9 +25,9 @@ impl Config for MyMethod {}
 impl MergeStrategy for MyMethod {
     fn plan(&self, _job: &dyn Job, layers: &[Layer], adapters: &[Adapter<'_>]) -> Result<Plan> {
         let plan_layer = |layer: usize| {
-            let terms = present(adapters, layer).map(|(adapter, what, _)| Term {
-                adapter,
-                coefficients: Coefficients::Uniform(self.strength * what.weight),
+            let terms = present(adapters, layer).map(|(index, adapter, _)| Term {
+                adapter: index,
+                coefficients: Coefficients::Uniform(self.strength * adapter.weight),
             });
             LayerPlan::Factored(terms.collect())
         };
