@@ -6,7 +6,7 @@ use blocklora_check::Level;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_service::plugins::check::Request;
 use blocklora_service::plugins::{Entry, PluginError, State};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{daemon, methods, output};
 
@@ -51,7 +51,7 @@ pub struct NewArgs {
     /// What it does: merge, train or sample
     #[arg(long, value_name = "KIND", value_parser = ["merge", "train", "sample"])]
     kind: String,
-    /// The folder of the SDK to build with [default: the released one]
+    /// The folder of the SDK to build with [default: that of the source tree that this command was built from]
     #[arg(long, value_name = "DIR")]
     sdk: Option<PathBuf>,
     /// Print JSON
@@ -148,7 +148,10 @@ fn new(args: &NewArgs) -> anyhow::Result<()> {
     if args.json {
         return output::print_json(&json!({"folder": folder}));
     }
-    Ok(output::print(&format!("{}: build it with cargo build, then check the library\n", folder.display()))?)
+    Ok(output::print(&format!(
+        "{}: build it with cargo build, put its manifest beside the library, and then: blocklora plugin check LIBRARY\n",
+        folder.display()
+    ))?)
 }
 
 fn state(entry: &Entry) -> (&'static str, &str) {
@@ -226,10 +229,34 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
     for (key, property) in properties.into_iter().flatten() {
         let default = info.defaults.get(key).map(ToString::to_string).unwrap_or_default();
         let described = property.get("description").and_then(|d| d.as_str()).unwrap_or_default().replace('\n', " ");
-        text += &format!("  {key} = {default}\n      {described}\n");
+        text += &format!("  {key} = {default}{}\n      {described}\n", allowed(&info.schema, property));
+    }
+    for (alias, settings) in &manifest.aliases {
+        text += &format!("  {alias} is {} with {settings}\n", manifest.id);
     }
     output::print(&text)?;
     Ok(())
+}
+
+/// What a setting may be, as far as its schema says it in a few words.
+fn allowed(schema: &Value, property: &Value) -> String {
+    let resolved = match property.get("$ref").and_then(Value::as_str) {
+        Some(reference) => schema.pointer(reference.trim_start_matches('#')).unwrap_or(property),
+        None => property,
+    };
+    let branches = resolved.get("oneOf").or_else(|| resolved.get("anyOf")).and_then(Value::as_array);
+    let choices = branches.into_iter().flatten().chain([resolved]).flat_map(|branch| {
+        branch.get("const").into_iter().chain(branch.get("enum").and_then(Value::as_array).into_iter().flatten())
+    });
+    let choices: Vec<String> = choices.map(ToString::to_string).collect();
+    let bound = |key: &str| resolved.get(key).map(ToString::to_string);
+    match (choices.is_empty(), bound("minimum"), bound("maximum")) {
+        (false, ..) => format!(" [{}]", choices.join(", ")),
+        (_, Some(least), Some(most)) => format!(" [{least} to {most}]"),
+        (_, Some(least), None) => format!(" [{least} or more]"),
+        (_, None, Some(most)) => format!(" [{most} or less]"),
+        _ => String::new(),
+    }
 }
 
 fn quarantine(args: &QuarantineArgs, options: &daemon::Options) -> anyhow::Result<()> {

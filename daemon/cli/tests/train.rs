@@ -85,10 +85,10 @@ fn what_nobody_sets_is_as_the_models_folder_has_it() {
     };
     let said = settings_of("none.st", &[]);
     assert_eq!((&said["batch_size"], &said["layers"], &said["steps"]), (&2.into(), &"all".into(), &2.into()));
-    assert_eq!(said["learning_rate"]["unet"], 5e-4_f32 as f64);
+    assert_eq!(said["learning_rate"]["unet"], 5e-4);
     let said = settings_of("some.st", &["--config", "settings.toml"]);
-    assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &(1e-3_f32 as f64).into()));
-    assert_eq!(said["learning_rate"]["tokens"], 0.06_f32 as f64);
+    assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &1e-3.into()));
+    assert_eq!(said["learning_rate"]["tokens"], 0.06);
 }
 
 #[test]
