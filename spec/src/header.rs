@@ -101,6 +101,11 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
     if text.first() != Some(&b'{') {
         return Err(invalid("does not begin with '{': this is not a safetensors file".into()));
     }
+    // JSON knows more white space, and a reader that looks for the last '}' must find it where all others do.
+    let end = text.iter().rposition(|b| *b != b' ').unwrap_or(0);
+    if matches!(text[end], b'\t' | b'\n' | b'\r') {
+        return Err(invalid("is padded with something other than spaces; pad it with spaces".into()));
+    }
     json::check(path, "header", text, limits::HEADER_DEPTH_MAX)?;
     let mut raw: BTreeMap<String, Value> =
         serde_json::from_slice(text).map_err(|e| invalid(excerpt(&e.to_string())))?;
