@@ -55,6 +55,15 @@ impl LayerFactors {
     pub fn b(&self) -> Vec<f32> {
         decode(&self.content, &self.entries[1])
     }
+    /// A's bytes as they are stored.
+    pub(crate) fn bytes_of_a(&self) -> &[u8] {
+        &self.content[self.entries[0].bytes.clone()]
+    }
+    /// The bytes of B's rows as they are stored, in the order of `rows`.
+    pub(crate) fn bytes_of_b_rows(&self) -> impl Iterator<Item = &[u8]> {
+        let entry = &self.entries[1];
+        self.content[entry.bytes.clone()].chunks_exact(self.rank * entry.dtype.size())
+    }
     /// B scattered to all outputs, [outputs, rank], row-major, zero in the rows that are not owned.
     pub fn b_scattered(&self) -> Vec<f32> {
         let mut full = vec![0.0; self.outputs * self.rank];

@@ -88,7 +88,7 @@ impl AdapterBuilder {
             }
             hasher.update(format!("{name} {} {rows},{columns}\n", self.storage.name()));
             hasher.update(bytes);
-            tensors.push((name.as_str(), self.storage, shape.as_slice(), bytes.as_slice()));
+            tensors.push((name.as_str(), self.storage, shape.as_slice()));
         }
         manifest.tensor_digest = hex(&hasher.finalize());
         // Before it becomes JSON, which has no way to write the NaN that the reader would complain about.
@@ -101,7 +101,8 @@ impl AdapterBuilder {
             (KEY_MANIFEST_DIGEST, hex(&Sha256::digest(&text))),
             (KEY_MANIFEST, text),
         ]);
-        let bytes = header::write(path, &metadata, &tensors)?;
+        let mut bytes = header::write(path, &metadata, &tensors)?;
+        self.tensors.values().for_each(|(_, numbers)| bytes.extend_from_slice(numbers));
         Adapter::from_bytes(path, bytes.clone())?;
         Ok(bytes)
     }
@@ -131,7 +132,11 @@ pub fn write(
 /// Writes `bytes` to `path` so that a reader, also after a crash, sees the old file or the new one and nothing else:
 /// temporary file in the same folder, fsync, rename, fsync of the folder. On an error `path` is as it was.
 pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
-    let path = path.as_ref();
+    write_atomically_with(path.as_ref(), |file| file.write_all(bytes))
+}
+
+/// As [`write_atomically`], with what `write` writes.
+pub(crate) fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
     let io = |e| Error::io(path, e);
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -146,7 +151,7 @@ pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
         options.permissions(std::fs::Permissions::from_mode(0o666));
     }
     let mut file = options.tempfile_in(folder).map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
+    write(file.as_file_mut()).map_err(io)?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|e| io(e.error))?;
     #[cfg(unix)]

@@ -38,16 +38,17 @@ struct RawEntry {
     data_offsets: [u64; 2],
 }
 
-/// A tensor to be written: name, type, shape, bytes.
-pub(crate) type Tensor<'a> = (&'a str, Storage, &'a [usize], &'a [u8]);
+/// A tensor to be written: name, type, shape.
+pub(crate) type Tensor<'a> = (&'a str, Storage, &'a [usize]);
 
-/// The bytes of a file with these tensors, in this order. The order of keys does not depend on how serde_json is built.
+/// What precedes these tensors, one after the other, in a file: the header's length and the header. The order of keys
+/// does not depend on how serde_json is built. `path` names the file in errors.
 pub(crate) fn write(path: &Path, metadata: &BTreeMap<&str, String>, tensors: &[Tensor<'_>]) -> Result<Vec<u8>> {
     #[derive(Serialize)]
     struct NewEntry<'a> {
         dtype: &'a str,
         shape: &'a [usize],
-        data_offsets: [usize; 2],
+        data_offsets: [u64; 2],
     }
     #[derive(Serialize)]
     struct NewHeader<'a> {
@@ -57,9 +58,9 @@ pub(crate) fn write(path: &Path, metadata: &BTreeMap<&str, String>, tensors: &[T
         tensors: BTreeMap<&'a str, NewEntry<'a>>,
     }
     let mut end = 0;
-    let entries = tensors.iter().map(|&(name, dtype, shape, bytes)| {
+    let entries = tensors.iter().map(|&(name, dtype, shape)| {
         let begin = end;
-        end += bytes.len();
+        end += shape.iter().product::<usize>() as u64 * dtype.size() as u64;
         (name, NewEntry { dtype: dtype.name(), shape, data_offsets: [begin, end] })
     });
     let header = NewHeader { metadata, tensors: entries.collect() };
@@ -69,11 +70,7 @@ pub(crate) fn write(path: &Path, metadata: &BTreeMap<&str, String>, tensors: &[T
         reason: e.to_string(),
     })?;
     text.resize(text.len().next_multiple_of(8), b' ');
-    let mut file = Vec::with_capacity(8 + text.len() + end);
-    file.extend((text.len() as u64).to_le_bytes());
-    file.extend(text);
-    tensors.iter().for_each(|(.., bytes)| file.extend_from_slice(bytes));
-    Ok(file)
+    Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
 }
 
 /// Reads and checks the header of `file`, the whole content of `path`.
@@ -100,6 +97,11 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
     let invalid = |reason: String| Error::Json { path: path.into(), part: "header", reason };
     if text.first() != Some(&b'{') {
         return Err(invalid("does not begin with '{': this is not a safetensors file".into()));
+    }
+    // JSON knows more white space, and a reader that looks for the last '}' must find it where all others do.
+    let end = text.iter().rposition(|b| *b != b' ').unwrap_or(0);
+    if matches!(text[end], b'\t' | b'\n' | b'\r') {
+        return Err(invalid("is padded with something other than spaces; pad it with spaces".into()));
     }
     json::check(path, "header", text, limits::HEADER_DEPTH_MAX)?;
     let mut raw: BTreeMap<String, Value> =

@@ -188,10 +188,22 @@ fn is_text(text: &str, chars_max: usize) -> bool {
     !text.is_empty() && text.chars().count() <= chars_max && !text.chars().any(char::is_control)
 }
 
+/// `YYYY-MM-DDThh:mm:ssZ`, and a moment that there was or will be.
 fn is_timestamp(text: &str) -> bool {
     let pattern = b"0000-00-00T00:00:00Z";
-    text.len() == pattern.len()
-        && text.bytes().zip(pattern).all(|(b, p)| if *p == b'0' { b.is_ascii_digit() } else { b == *p })
+    let fits = text.len() == pattern.len()
+        && text.bytes().zip(pattern).all(|(b, p)| if *p == b'0' { b.is_ascii_digit() } else { b == *p });
+    let number = |at: std::ops::Range<usize>| text.get(at).and_then(|t| t.parse::<u32>().ok()).unwrap_or(u32::MAX);
+    let (year, month) = (number(0..4), number(5..7));
+    let days = match month {
+        2 if year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400)) => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => 0,
+    };
+    // No leap seconds: few programs that read times take them.
+    fits && (1..=days).contains(&number(8..10)) && number(11..13) < 24 && number(14..16) < 60 && number(17..19) < 60
 }
 
 impl Manifest {
@@ -246,7 +258,7 @@ impl Manifest {
         let licence_ok = self.licence.as_deref().is_none_or(|l| is_text(l, 256));
         ensure(licence_ok, "licence", "must be null or 1 to 256 characters, none of them control")?;
         let created_ok = self.created.as_deref().is_none_or(is_timestamp);
-        ensure(created_ok, "created", "must be null or like 2026-01-31T23:59:59Z")?;
+        ensure(created_ok, "created", "must be null or a time like 2026-01-31T23:59:59Z")?;
         ensure(is_hex_digest(&self.tensor_digest), "tensor_digest", HEX_RULE)
     }
 

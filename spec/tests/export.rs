@@ -3,7 +3,10 @@
 
 mod common;
 
-use blocklora_spec::{Adapter, AdapterBuilder, Delta, Error, Layer, Manifest, Storage, Token, TokenVectors, export};
+use blocklora_spec::export::{self, Format};
+use blocklora_spec::{
+    Adapter, AdapterBuilder, Base, Delta, Error, Layer, Manifest, Partition, Scheme, Storage, Token, TokenVectors,
+};
 use safetensors::{Dtype, SafeTensors};
 
 fn adapter(manifest: &Manifest, storage: Storage) -> Adapter {
@@ -99,6 +102,121 @@ fn peft_has_a_folder_for_each_part() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight";
     assert_eq!(numbers(&file, name), (vec![16, 2], adapter.layers()[1].b_scattered()));
+    assert_eq!(file.len(), 2);
+    // Older and newer transformers call the text encoder's modules differently.
+    let bytes = std::fs::read(folders[0].join("adapter_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.len(), 4);
+    for module in ["text_model.encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.q_proj"] {
+        let factor = |name| numbers(&file, &format!("base_model.model.{module}.{name}.weight"));
+        assert_eq!(factor("lora_A"), (vec![2, 4], adapter.layers()[0].a()));
+        assert_eq!(factor("lora_B"), (vec![6, 2], adapter.layers()[0].b_scattered()));
+    }
+}
+
+/// The metadata that a kohya file has beyond what all of them have.
+fn metadata(manifest: &Manifest) -> Vec<(String, String)> {
+    let adapter = adapter(manifest, Storage::F32);
+    let mut bytes = Vec::new();
+    export::files(&adapter, Format::Kohya).unwrap()[0].write_to(&mut bytes).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let more = |key: &str| key.starts_with("modelspec.") || key == "ss_base_model_version";
+    let mut found: Vec<_> = metadata.metadata().clone().unwrap().into_iter().filter(|(key, _)| more(key)).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn kohya_says_of_the_model_what_is_known() {
+    assert_eq!(metadata(&common::manifest()), [], "sd-tiny has no name in ModelSpec");
+    let sd_1 = "stable-diffusion/unet-320-640-1280-1280x2-2-2-2-attn16-ctx768/clip-768x12";
+    let base = Base { architecture: sd_1.into(), ..common::manifest().base };
+    let layer_wise = Manifest { base: base.clone(), licence: None, created: None, ..common::manifest() };
+    let mut expected = vec![
+        ("modelspec.architecture", "stable-diffusion-v1/lora"),
+        ("modelspec.implementation", "diffusers"),
+        ("modelspec.sai_model_spec", "1.0.1"),
+        ("modelspec.title", "milo"),
+        ("ss_base_model_version", "sd_v1"),
+    ];
+    let owned = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+        pairs.iter().map(|&(key, value)| (key.into(), value.into())).collect()
+    };
+    assert_eq!(metadata(&layer_wise), owned(&expected));
+    expected.extend([
+        ("modelspec.date", "2026-11-23T07:00:00Z"),
+        ("modelspec.license", "CC0-1.0"),
+        ("modelspec.trigger_phrase", "<milo>"),
+    ]);
+    expected.sort();
+    assert_eq!(metadata(&Manifest { base, ..plain() }), owned(&expected));
+}
+
+#[test]
+fn a_scale_that_overflows_is_refused() {
+    let huge = |delta| Manifest { alpha: 2e38, delta, ..common::manifest() };
+    let refused = |delta, format, reason: &str| {
+        let adapter = adapter(&huge(delta), Storage::F32);
+        let error = export::files(&adapter, format).err().unwrap();
+        assert!(matches!(&error, Error::Export { .. }) && error.to_string().contains(reason), "{format:?}: {error}");
+    };
+    for format in [Format::Kohya, Format::Peft] {
+        refused(
+            Delta::Alpha,
+            format,
+            "alpha 200000000000000000000000000000000000000 times rank 2 is not a finite number",
+        );
+        assert!(export::files(&adapter(&huge(Delta::AlphaOverRank), Storage::F32), format).is_ok(), "{format:?}");
+    }
+    refused(Delta::Alpha, Format::Diffusers, "B of the layer \"unet.down");
+    refused(Delta::Alpha, Format::Diffusers, "is inf; train it again with a smaller alpha");
+}
+
+/// Counts what is written and what of it is not zero.
+#[derive(Default)]
+struct Count {
+    bytes: u64,
+    others: u64,
+}
+
+impl std::io::Write for Count {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.bytes += bytes.len() as u64;
+        self.others += bytes.iter().filter(|b| **b != 0).count() as u64;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file of 56 KiB that owns a row of 65,536 becomes one of 1 GiB, in no more memory than it takes itself.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_scattered_is_never_held() {
+    let peak_kib = || -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let partition = Partition { scheme: Scheme::Contiguous, capacity: 1 << 16, seed: 0, slot: 5 };
+    let manifest = Manifest { partition: Some(partition), tokens: vec![], rank: 1024, ..common::manifest() };
+    let numbers = vec![1.5; 1024];
+    let builder = (0..4).fold(AdapterBuilder::new(&manifest, Storage::F32), |b, i| {
+        b.layer(Layer { name: &format!("unet.l{i}.x"), outputs: 1 << 16, a: &numbers, b: &numbers })
+    });
+    let adapter = Adapter::from_bytes("small", builder.to_bytes("small").unwrap()).unwrap();
+    let before = peak_kib();
+    for format in [Format::Kohya, Format::Diffusers, Format::Peft] {
+        for file in export::files(&adapter, format).unwrap() {
+            let mut count = Count::default();
+            file.write_to(&mut count).unwrap();
+            assert_eq!(count.bytes, file.size(), "{format:?}");
+            assert!(file.name().ends_with(".json") || (count.bytes > 1 << 30 && count.others < 1 << 16), "{format:?}");
+        }
+    }
+    let grown = peak_kib() - before;
+    assert!(grown < 64 << 10, "{grown} KiB");
 }
 
 #[test]

@@ -109,6 +109,19 @@ fn every_field_is_required_and_no_other_is_allowed() {
     assert_eq!(cases, 16 + 4 + 2 + 4 + 2 + 3);
 }
 
+/// In the form of times, and no times.
+const TIMES: [&str; 9] = [
+    "2026-00-01T00:00:00Z",
+    "2026-13-01T00:00:00Z",
+    "2026-01-00T00:00:00Z",
+    "2026-01-32T00:00:00Z",
+    "2026-04-31T00:00:00Z",
+    "2026-02-30T00:00:00Z",
+    "2026-01-01T24:00:00Z",
+    "2026-01-01T00:60:00Z",
+    "2026-01-01T00:00:60Z",
+];
+
 #[test]
 fn values_are_judged_alike() {
     let (schema, valid) = (Schema::load(), Parts::valid().manifest);
@@ -134,7 +147,7 @@ fn values_are_judged_alike() {
         ("/erasure_lambda", &[json!(0), json!(0.999)]),
         ("/training/steps", &[json!(0), big.clone()]),
         ("/licence", &[Value::Null, long(256)]),
-        ("/created", &[Value::Null, json!("0000-00-00T00:00:00Z")]),
+        ("/created", &[Value::Null, json!("0000-01-01T00:00:00Z"), json!("2024-02-29T23:59:59Z")]),
     ];
     let mut rejected: Vec<(&str, Vec<Value>)> = vec![
         ("/name", vec![json!(""), json!("../x"), json!("-x"), json!("a b"), json!("a/b"), json!("é"), long(65)]),
@@ -170,6 +183,7 @@ fn values_are_judged_alike() {
         ("/training/steps", vec![json!(-1), json!(1.5)]),
         ("/licence", vec![json!(""), long(257), json!("a\u{1b}[31m")]),
         ("/created", vec![json!("2026-01-31"), json!("2026-01-31T00:00:00+00:00"), json!("")]),
+        ("/created", TIMES.map(|time| json!(time)).into()),
         ("/tensor_digest", vec![json!(""), Value::Null]),
     ];
     for value in ["unet./a", "unet.a.", "unet.a b", "unet.é", "unet.../a"] {
@@ -206,7 +220,12 @@ fn beyond_the_schema() {
     let (schema, valid) = (Schema::load(), Parts::valid().manifest);
     let token = json!({"name": "a", "vectors": 1});
     let wide: serde_json::Map<String, Value> = (0..17).map(|i| (format!("unet.a{i}"), json!(65536 - i))).collect();
-    let cases = [("/tokens", json!([token, token])), ("/partition/slot", json!(4)), ("/outputs", wide.into())];
+    let cases = [
+        ("/tokens", json!([token, token])),
+        ("/partition/slot", json!(4)),
+        ("/outputs", wide.into()),
+        ("/created", json!("2100-02-29T00:00:00Z")),
+    ];
     for (at, value) in cases {
         let mut bad = valid.clone();
         *bad.pointer_mut(at).unwrap() = value;

@@ -155,11 +155,13 @@ def load_file_as_diffusers(path):
 
 def load_as_peft(folder):
     models = new_models()
-    for part in models:
-        if part == "unet":
-            models[part] = peft.PeftModel.from_pretrained(models[part], folder / part)
-        else:
-            models[part].load_adapter(str(folder / part))
+    return {part: peft.PeftModel.from_pretrained(models[part], folder / part) for part in models}
+
+
+def load_as_transformers(folder):
+    """As PEFT loads it, but the text encoder by transformers' own method."""
+    models = load_as_peft(folder) | {"text_encoder": new_models()["text_encoder"]}
+    models["text_encoder"].load_adapter(str(folder / "text_encoder"))
     return models
 
 
@@ -217,6 +219,7 @@ def main():
             kohya = compare("kohya", weights(load_file_as_diffusers(folder / "kohya.safetensors")), expected)
             own = compare("diffusers", weights(load_file_as_diffusers(folder / "diffusers.safetensors")), expected)
             raw = compare("peft", weights(load_as_peft(folder / "peft")), expected)
+            compare("transformers", weights(load_as_transformers(folder / "peft")), expected)
             if vectors == 1:
                 check_textual_inversion(folder / "tokens.safetensors", tokens, folder)
             scheme = partition["scheme"] if partition else "no partition"

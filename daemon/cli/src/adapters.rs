@@ -1,13 +1,15 @@
 //! `blocklora adapters`: the daemon's library of adapters.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use blocklora_client::{LibraryEntry, Options as Filter};
+use blocklora_client::{LibraryEntry, Options as Filter, ResultFile};
 
 use crate::daemon::{self, Daemon, State};
+use crate::escape::shown;
 use crate::output::{self, OutputFile, OutputFolder};
 use crate::table::{Table, bytes, date};
+use crate::words::Words;
 
 /// Keep a library of adapters: add, list, show, remove, export
 #[derive(clap::Subcommand)]
@@ -86,6 +88,9 @@ pub struct Remove {
 }
 
 /// Write an adapter of the library as files for other tools
+///
+/// Beside a LoRA (kohya, diffusers, peft) its words are exported as a textual-inversion file, if they have one vector
+/// each; layer-wise words exist only here.
 #[derive(clap::Args)]
 pub struct Export {
     /// Its name, its digest, or the first 8 or more digits of that
@@ -211,17 +216,17 @@ async fn show(daemon: &Daemon, args: &Show) -> anyhow::Result<()> {
         state.kind,
         state.class_word,
         state.digest,
-        state.architecture,
+        shown(&state.architecture),
         short(&state.base_digest),
         state.algorithm,
-        state.producer.0,
+        shown(&state.producer.0),
         count("layers"),
         state.rank,
         count("tokens"),
         bytes(state.size_bytes)
     );
     for (name, message) in &state.problems {
-        text += &format!("  problem     {message} ({name})\n");
+        text += &format!("  problem     {} ({name})\n", shown(message));
     }
     Ok(output::print(&text)?)
 }
@@ -242,35 +247,63 @@ async fn remove(daemon: &Daemon, args: &Remove) -> anyhow::Result<()> {
 }
 
 async fn export(daemon: &Daemon, args: &Export) -> anyhow::Result<()> {
-    // A format of several files gives a folder; which formats do, the daemon knows.
     let adapter = daemon.client.open_adapter(&args.adapter).await?;
-    let files = adapter.export(&args.format).await?;
-    let [file] = &files[..] else {
-        let folder = OutputFolder::create(&args.output)?;
-        for file in &files {
-            let name = std::path::Path::new(&file.name);
-            let plain = name.components().all(|c| matches!(c, std::path::Component::Normal(_)));
-            if !plain || file.name.is_empty() {
-                bail!("the daemon names a file {:?}, which is no place in a folder", file.name);
-            }
-            let path = folder.path().join(name);
-            let parent = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            parent
-                .and_then(|()| std::fs::write(&path, &file.bytes))
-                .map_err(|e| output::cannot_write(&args.output, e))?;
-        }
-        folder.finish()?;
-        return announce(args, files.len());
+    // A LoRA is half of a concept: its words go along.
+    let words = match args.format.as_str() {
+        "kohya" | "diffusers" | "peft" => Words::of(vectors(&adapter.inspect().await?)),
+        _ => Words::None,
     };
-    OutputFile::create(&args.output)?.write(&file.bytes)?;
-    announce(args, 1)
+    let mut outputs = Vec::new();
+    let embedding = words.file(&args.output);
+    if let Some(path) = &embedding {
+        let file = OutputFile::create(path)?;
+        let [exported] = &mut adapter.export("textual-inversion").await?[..] else {
+            bail!("the daemon gave something other than one file of words");
+        };
+        outputs.push((file, std::mem::take(&mut exported.bytes)));
+    }
+    // A format of several files gives a folder; which formats do, the daemon knows.
+    let mut files = adapter.export(&args.format).await?;
+    let count = files.len();
+    if let [file] = &mut files[..] {
+        outputs.push((OutputFile::create(&args.output)?, std::mem::take(&mut file.bytes)));
+    } else {
+        write_folder(&args.output, &files)?;
+    }
+    output::write_all(outputs)?;
+    if args.json {
+        output::print_json(&serde_json::json!({
+            "path": args.output, "format": args.format, "files": count, "embedding": embedding,
+        }))?;
+    } else {
+        for path in std::iter::once(&args.output).chain(&embedding) {
+            output::print(&format!("{}\n", path.display()))?;
+        }
+    }
+    words.note_what_is_left(&adapter.state().await?.name);
+    Ok(())
 }
 
-fn announce(args: &Export, files: usize) -> anyhow::Result<()> {
-    if args.json {
-        return output::print_json(&serde_json::json!({ "path": args.output, "format": args.format, "files": files }));
+/// The numbers of vectors of the tokens that `Inspect` lists: name, vectors, width.
+fn vectors(info: &serde_json::Map<String, serde_json::Value>) -> Vec<usize> {
+    let tokens = info.get("tokens").and_then(serde_json::Value::as_array);
+    let vectors = |token: &serde_json::Value| token.get(1).and_then(serde_json::Value::as_u64).unwrap_or_default();
+    tokens.into_iter().flatten().map(|token| vectors(token) as usize).collect()
+}
+
+fn write_folder(output: &Path, files: &[ResultFile]) -> anyhow::Result<()> {
+    let folder = OutputFolder::create(output)?;
+    for file in files {
+        let name = Path::new(&file.name);
+        let plain = name.components().all(|c| matches!(c, std::path::Component::Normal(_)));
+        if !plain || file.name.is_empty() {
+            bail!("the daemon names a file {:?}, which is no place in a folder", file.name);
+        }
+        let path = folder.path().join(name);
+        let parent = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        parent.and_then(|()| std::fs::write(&path, &file.bytes)).map_err(|e| output::cannot_write(output, e))?;
     }
-    Ok(output::print(&format!("{}\n", args.output.display()))?)
+    folder.finish()
 }
 
 async fn check(daemon: &Daemon, args: &Check) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 
 use crate::settings::Setting;
+use crate::words;
 
 /// Storage type of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -176,16 +177,13 @@ impl FromStr for WeightedFile {
     }
 }
 
-/// What `train` and `export` put in the place of an adapter's extension for the file of its words alone, for other tools.
-pub const WORDS_EXTENSION: &str = "embedding.safetensors";
-
 /// The adapter files in `folder`, sorted, without those of words; an error if there is none.
 pub fn adapters_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let shown = folder.display();
     let mut files = Vec::new();
     for entry in folder.read_dir().with_context(|| format!("{shown}"))? {
         let path = entry.with_context(|| format!("{shown}"))?.path();
-        let is_words = path.to_string_lossy().ends_with(&format!(".{WORDS_EXTENSION}"));
+        let is_words = path.to_string_lossy().ends_with(words::ENDING);
         if path.extension().is_some_and(|e| e == "safetensors") && !is_words {
             files.push(path);
         }

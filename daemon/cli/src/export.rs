@@ -1,12 +1,12 @@
 //! `blocklora export`: a concept as a LoRA file for other tools.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use blocklora_spec::{Adapter, export};
 use clap::ValueEnum;
 
-use crate::args;
 use crate::output::{self, OutputFolder};
+use crate::words::Words;
 
 /// Write a concept as a LoRA for other tools
 ///
@@ -39,42 +39,39 @@ enum Format {
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let adapter = Adapter::open(&args.file)?;
+    let words = match args.format {
+        Format::TextualInversion => Words::None,
+        Format::Kohya | Format::Diffusers | Format::Peft => Words::of(adapter.tokens().iter().map(|t| t.layers)),
+    };
+    let embedding = words.file(&args.output);
+    output::not_the_same(&args.file, &args.output)?;
+    if let Some(path) = &embedding {
+        output::not_the_same(&args.file, path)?;
+        output::check_file(path)?;
+    }
     if args.format == Format::Peft {
         let folder = OutputFolder::create(&args.output)?;
         export::peft(&adapter, folder.path())?;
         folder.finish()?;
-        return announce(&args.output);
+    } else {
+        output::check_file(&args.output)?;
     }
-    let words = args.output.with_extension(args::WORDS_EXTENSION);
-    for path in [&args.output, &words] {
-        output::not_the_same(&args.file, path)?;
-    }
-    output::check_file(&args.output)?;
     match args.format {
         Format::Kohya => export::kohya(&adapter, &args.output)?,
         Format::Diffusers => export::diffusers(&adapter, &args.output)?,
-        Format::TextualInversion | Format::Peft => {
-            export::textual_inversion(&adapter, &args.output)?;
-            return announce(&args.output);
-        }
+        Format::TextualInversion => export::textual_inversion(&adapter, &args.output)?,
+        Format::Peft => {}
     }
     announce(&args.output)?;
-    if adapter.tokens().is_empty() {
-        return Ok(());
+    if let Some(path) = &embedding {
+        export::textual_inversion(&adapter, path)?;
+        announce(path)?;
     }
-    if adapter.tokens().iter().all(|t| t.layers == 1) {
-        export::textual_inversion(&adapter, &words)?;
-        return announce(&words);
-    }
-    let name = &adapter.manifest().name;
-    eprintln!(
-        "blocklora: the words of <{name}> have a vector for each layer, which other tools cannot read: train with \
-         tokens = \"plain\" for a file of words, too"
-    );
+    words.note_what_is_left(&adapter.manifest().name);
     Ok(())
 }
 
-fn announce(path: &std::path::Path) -> anyhow::Result<()> {
+fn announce(path: &Path) -> anyhow::Result<()> {
     output::print(&format!("{}\n", path.display()))?;
     Ok(())
 }

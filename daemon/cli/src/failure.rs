@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::daemon::watch;
+use crate::escape::shown;
 
 /// An error in how the command was called; exits with 2 like a usage error found by the parser.
 #[derive(Debug)]
@@ -82,9 +83,10 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     })
 }
 
-/// `text` with every run of white space that contains a line break made one space.
+/// `text` with every run of white space that contains a line break made one space, and safe for a terminal: errors quote
+/// files and other programs.
 fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
+    shown(&text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" "))
 }
 
 /// The error with its causes, each said once, and what to do where the system says no more than what failed.
@@ -130,6 +132,7 @@ mod tests {
     #[test]
     fn errors_are_one_line() {
         assert_eq!(one_line("a: b\n  at c\n\n d"), "a: b at c d");
+        assert_eq!(one_line("made for \u{202e}1-ds\u{1b}[2J"), "made for \\u{202e}1-ds\\u{1b}[2J");
     }
 
     #[test]

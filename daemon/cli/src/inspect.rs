@@ -10,6 +10,7 @@ use blocklora_engine::merge::conflicts::{Conflicts, conflicts};
 use blocklora_spec::{Adapter, Delta, Manifest, Scheme};
 use serde::Serialize;
 
+use crate::escape::shown;
 use crate::output::{self, OutputFile};
 use crate::plot;
 use crate::table::Table;
@@ -160,10 +161,10 @@ fn describe(reports: &[Report], overall: &Conflicts, layers: bool) -> Result<Str
 fn describe_one(text: &mut String, report: &Report) -> std::fmt::Result {
     let m = &report.manifest;
     let kind = format!("{:?}", m.kind).to_lowercase();
-    writeln!(text, "{}  ({kind}, \"{}\")  {}", m.name, m.class_word, report.file.display())?;
+    writeln!(text, "{}  ({kind}, \"{}\")  {}", m.name, shown(&m.class_word), report.file.display())?;
     writeln!(text, "  digest      {}", report.digest)?;
-    writeln!(text, "  base        {} {}", m.base.architecture, short(&m.base.digest))?;
-    write!(text, "  trained by  {} {}, {} steps", m.algorithm.id, m.algorithm.version, m.training.steps)?;
+    writeln!(text, "  base        {} {}", shown(&m.base.architecture), short(&m.base.digest))?;
+    write!(text, "  trained by  {} {}, {} steps", m.algorithm.id, shown(&m.algorithm.version), m.training.steps)?;
     write!(text, ", seed {}", m.training.seed)?;
     if m.erasure_lambda > 0.0 {
         write!(text, ", output erasure {}", m.erasure_lambda)?;
@@ -212,7 +213,7 @@ fn describe_one(text: &mut String, report: &Report) -> std::fmt::Result {
         part("text_encoder")
     )?;
     if let Some(licence) = &m.licence {
-        writeln!(text, "  licence     {licence}")?;
+        writeln!(text, "  licence     {}", shown(licence))?;
     }
     if let Some(created) = &m.created {
         writeln!(text, "  created     {created}")?;

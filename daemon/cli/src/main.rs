@@ -6,6 +6,7 @@
 mod args;
 mod base;
 mod daemon;
+mod escape;
 mod failure;
 mod interrupt;
 mod like;
@@ -16,6 +17,7 @@ mod set;
 mod settings;
 mod table;
 mod terminal;
+mod words;
 
 mod concepts;
 mod crosstalk;

@@ -64,7 +64,7 @@ pub fn write_all(mut files: Vec<(OutputFile, Vec<u8>)>) -> anyhow::Result<()> {
 /// Takes what plugins handed over out of `files` and writes it into the folder `NAME.artefacts` beside `output`; the
 /// paths.
 pub fn artefacts(output: &Path, files: &mut Vec<ResultFile>) -> anyhow::Result<Vec<PathBuf>> {
-    let folder = output.with_extension("artefacts");
+    let folder = beside(output, ".artefacts");
     let mut paths = Vec::new();
     for file in files.extract_if(.., |file| file.is_artefact()) {
         // The daemon is another program: its names stay in the folder.
@@ -76,6 +76,15 @@ pub fn artefacts(output: &Path, files: &mut Vec<ResultFile>) -> anyhow::Result<V
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// The path of something that goes with `output`: its name with `ending` in the place of `.safetensors`, or after it.
+/// Another dot is part of the name: `milo-1.0` and `milo-1.5` are two concepts.
+pub fn beside(output: &Path, ending: &str) -> PathBuf {
+    let is_adapter = output.extension().is_some_and(|extension| extension == "safetensors");
+    let mut name = if is_adapter { output.file_stem() } else { output.file_name() }.unwrap_or_default().to_owned();
+    name.push(ending);
+    output.with_file_name(name)
 }
 
 /// Checks that a file could be written at `path`, for outputs that the engine itself writes.

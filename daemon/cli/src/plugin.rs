@@ -8,6 +8,7 @@ use blocklora_service::plugins::check::Request;
 use blocklora_service::plugins::{Entry, PluginError, State};
 use serde_json::{Value, json};
 
+use crate::escape::shown;
 use crate::{daemon, methods, output};
 
 /// See which merge strategies, trainers and samplers there are
@@ -193,7 +194,7 @@ fn list(args: &ListArgs) -> anyhow::Result<()> {
         let (state, reason) = state(entry);
         let said = if reason.is_empty() { &manifest.summary } else { reason };
         let mark = if state == "ready" { String::new() } else { format!("{state}: ") };
-        text += &format!("{:<width$}  {}  {mark}{said}\n", manifest.full_name(), manifest.version);
+        text += &format!("{:<width$}  {}  {mark}{}\n", manifest.full_name(), manifest.version, shown(said));
     }
     output::print(&text)?;
     for broken in broken {
@@ -211,7 +212,7 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
         return output::print_json(&json);
     }
     let manifest = &info.entry.found.manifest;
-    let mut text = format!("{} {}: {}\n", manifest.full_name(), manifest.version, manifest.summary);
+    let mut text = format!("{} {}: {}\n", manifest.full_name(), manifest.version, shown(&manifest.summary));
     let facts = [
         ("licence", manifest.licence.clone()),
         ("reference", manifest.reference.clone().unwrap_or_default()),
@@ -222,14 +223,15 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
         ("deterministic", if manifest.deterministic { "yes" } else { "not promised" }.to_owned()),
     ];
     for (name, value) in facts.into_iter().filter(|(_, value)| !value.is_empty()) {
-        text += &format!("  {name:<14}{value}\n");
+        text += &format!("  {name:<14}{}\n", shown(&value));
     }
     text += "settings:\n";
     let properties = info.schema.get("properties").and_then(|p| p.as_object());
     for (key, property) in properties.into_iter().flatten() {
         let default = info.defaults.get(key).map(ToString::to_string).unwrap_or_default();
         let described = property.get("description").and_then(|d| d.as_str()).unwrap_or_default().replace('\n', " ");
-        text += &format!("  {key} = {default}{}\n      {described}\n", allowed(&info.schema, property));
+        let (described, allowed) = (shown(&described), allowed(&info.schema, property));
+        text += &format!("  {key} = {default}{allowed}\n      {described}\n");
     }
     for (alias, settings) in &manifest.aliases {
         text += &format!("  {alias} is {} with {settings}\n", manifest.id);

@@ -1,5 +1,7 @@
 //! Plain text tables.
 
+use crate::escape::shown;
+
 /// Rows of cells under a header; the first column is aligned left, the others right.
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -11,9 +13,9 @@ impl Table {
         Self { rows: vec![header.into_iter().map(Into::into).collect()] }
     }
 
-    /// Adds a row.
+    /// Adds a row; text in it may be from anywhere.
     pub fn row<S: Into<String>>(&mut self, cells: impl IntoIterator<Item = S>) {
-        self.rows.push(cells.into_iter().map(Into::into).collect());
+        self.rows.push(cells.into_iter().map(|cell| shown(&cell.into())).collect());
     }
 }
 

@@ -15,12 +15,13 @@ use blocklora_sdk::manifest::PluginKind;
 use blocklora_spec::Adapter;
 use clap::ValueEnum;
 
-use crate::args::{self, ModelArgs};
+use crate::args::ModelArgs;
 use crate::concepts::Concepts;
 use crate::daemon::{self, Daemon, State, choose_model, watch};
 use crate::failure::Interrupted;
 use crate::methods;
 use crate::output::{self, OutputFile};
+use crate::words::Words;
 use rows::Rows;
 
 /// Teach the model a concept from a folder of pictures
@@ -275,8 +276,7 @@ async fn teach_with(
 
 fn finish(args: &Args, trained: &Trained, rows: &Rows, artefacts: &[PathBuf]) -> anyhow::Result<()> {
     let adapter = Adapter::open(&args.output)?;
-    let plain = !adapter.tokens().is_empty() && adapter.tokens().iter().all(|t| t.layers == 1);
-    let embedding = plain.then(|| args.output.with_extension(args::WORDS_EXTENSION));
+    let embedding = Words::of(adapter.tokens().iter().map(|t| t.layers)).file(&args.output);
     if let Some(path) = &embedding {
         blocklora_spec::export::textual_inversion(&adapter, path)?;
     }

@@ -217,6 +217,21 @@ fn the_library_keeps_what_is_added() {
     let exported = path.join("exported.safetensors");
     assert!(run(&["adapters", "export", &digest[..12], "-o", text(&exported)]).status.success());
     assert!(std::fs::read(&exported).unwrap() == std::fs::read(&milo).unwrap());
+    // A LoRA's words go along, or it is said that they do not.
+    let plain = adapter(path, &Make { name: "plain", slot: Some(2), vectors: 1, ..Make::default() });
+    json(&run(&["adapters", "add", text(&plain), "--json"]));
+    for (format, name) in [("kohya", "k-1.0"), ("diffusers", "d.safetensors"), ("peft", "p")] {
+        let to = path.join(name);
+        let said = json(&run(&["adapters", "export", "plain", "--format", format, "-o", text(&to), "--json"]));
+        let words = path.join(format!("{}.embedding.safetensors", name.trim_end_matches(".safetensors")));
+        assert_eq!(said["embedding"], text(&words));
+        assert!(to.exists() && words.is_file(), "{format}");
+        let to = path.join(format!("milo-{name}"));
+        let output = run(&["adapters", "export", "milo", "--format", format, "-o", text(&to)]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && said.contains("words of <milo>") && said.lines().count() == 1, "{said}");
+    }
+    assert!(run(&["adapters", "remove", "plain"]).status.success());
     is_one_clear_line(&run(&["adapters", "show", "none"]), 1, &["none"]);
     is_one_clear_line(&run(&["adapters", "remove", "milo", "none"]), 1, &["none"]);
     assert!(run(&["adapters", "check"]).status.success());

@@ -152,6 +152,34 @@ fn exports_are_written_and_named() {
     let peft = path.join("peft");
     succeeds(["export", text(&plain), "--format", "peft", "-o", text(&peft)]);
     assert!(peft.join("unet/adapter_config.json").is_file());
+    let words = |name: &str| std::fs::read(path.join(name)).unwrap();
+    assert!(words("peft.embedding.safetensors") == words("kohya.embedding.safetensors"));
+    // What follows a dot is part of a name, unless it is the extension of all such files.
+    let other = adapter(path, &Make { name: "other", vectors: 1, ..Make::default() });
+    for (file, name) in [(&plain, "milo-1.0"), (&other, "milo-1.5")] {
+        succeeds(["export", text(file), "--format", "diffusers", "-o", text(&path.join(name))]);
+    }
+    assert!(words("milo-1.0.embedding.safetensors") == words("kohya.embedding.safetensors"));
+    assert!(words("milo-1.5.embedding.safetensors") != words("kohya.embedding.safetensors"));
+    // Words for which there is no file are not forgotten in silence.
+    let layer_wise = adapter(path, &Make::default());
+    for format in ["kohya", "diffusers", "peft"] {
+        let to = path.join(format!("{format}-of-milo"));
+        let output = common::blocklora(["export", text(&layer_wise), "--format", format, "-o", text(&to)]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && said.contains("words of <milo>") && said.lines().count() == 1, "{said}");
+        assert!(!path.join(format!("{format}-of-milo.embedding.safetensors")).exists());
+    }
+}
+
+/// Texts of files cannot turn the line around that they are shown in.
+#[test]
+fn what_a_terminal_might_obey_is_escaped() {
+    let folder = temporary();
+    let architecture = Some("sd\u{202e}1\u{200b}");
+    let milo = adapter(folder.path(), &Make { architecture, ..Make::default() });
+    assert!(succeeds(["inspect", text(&milo)]).contains("base        sd\\u{202e}1\\u{200b} "));
+    common::fails(folder.path(), 1, &["generate", "a <milo>", "--with", text(&milo), "-o", "x.png"], &["sd\\u{202e}1"]);
 }
 
 /// Ctrl-C while drawing ends with 130 and leaves no file.

@@ -9,10 +9,12 @@
 //! tokenizer has, the new words take these. Concepts that the model's folder has already keep their words.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
+use blocklora_spec::{NAME_RULE, is_name};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
@@ -71,12 +73,15 @@ pub fn bake(model: &Model, concepts: &[Concept], to: &Path) -> Result<()> {
     let mut all = baked_concepts(model.dir())?;
     let is_new = |concept: &&Concept| !all.iter().any(|built_in| built_in.name == concept.name);
     let new: Vec<Concept> = concepts.iter().filter(is_new).cloned().collect();
+    // Whatever can be wrong is found before anything is written.
+    new.iter().try_for_each(|concept| concept.check(model))?;
     let words = new_words(model, &new)?;
+    let rows = new_rows(&embedding_table(model.weight_file(Component::TextEncoder))?, &new)?;
     model.save(to)?;
     if let Some((first, _)) = words.first() {
         let folder = to.join(Component::TextEncoder.folder());
-        let rows = add_embeddings(&folder.join(Component::TextEncoder.weight_file()), &new, *first as usize)?;
-        edit_json(&folder.join("config.json"), |config| drop(config.insert("vocab_size".into(), json!(rows))))?;
+        let count = add_rows(&folder.join(Component::TextEncoder.weight_file()), &rows, *first as usize)?;
+        edit_json(&folder.join("config.json"), |config| drop(config.insert("vocab_size".into(), json!(count))))?;
         add_words(&to.join("tokenizer"), &words)?;
     }
     all.extend(new);
@@ -98,20 +103,49 @@ pub fn baked_concepts(dir: &Path) -> Result<Vec<Concept>> {
     let listed = metadata.metadata().as_ref().and_then(|m| m.get(CONCEPTS_KEY));
     let listed = listed.ok_or_else(|| invalid(format!("the header has no metadata {CONCEPTS_KEY:?}")))?;
     let listed: Vec<Listed> = serde_json::from_str(listed).map_err(|e| invalid(format!("{CONCEPTS_KEY}: {e}")))?;
+    check_listed(&listed).map_err(|reason| invalid(format!("{CONCEPTS_KEY}{reason}")))?;
     let file = WeightFile::open(&path)?;
     let token = |concept: &str, name: String| -> Result<TokenVectors> {
         let view = file.view(&tensor_name(concept, &name))?;
         let &[layers, width] = view.shape() else {
             return Err(view.error(format!("shape {:?}, not [layers, d]", view.shape())));
         };
-        let values = view.load(DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1()?;
-        Ok(TokenVectors { name, layers, width, values })
+        let values: Vec<f32> = view.load(DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1()?;
+        match values.iter().find(|x| !x.is_finite()) {
+            Some(value) => Err(view.error(format!("holds {value}; merge the concept again"))),
+            None => Ok(TokenVectors { name, layers, width, values }),
+        }
     };
     let concept = |l: Listed| -> Result<Concept> {
         let tokens = l.tokens.into_iter().map(|t| token(&l.name, t)).collect::<Result<_>>()?;
         Ok(Concept { name: l.name, tokens })
     };
     listed.into_iter().map(concept).collect()
+}
+
+/// What is wrong with the list, with the field in front; a folder may come from anywhere, as adapters may.
+fn check_listed(listed: &[Listed]) -> std::result::Result<(), String> {
+    let tokens_max = blocklora_spec::limits::TOKENS_MAX;
+    let mut concepts = BTreeSet::new();
+    for (i, concept) in listed.iter().enumerate() {
+        check_name(format!("[{i}].name"), &concept.name, &mut concepts)?;
+        if concept.tokens.len() > tokens_max {
+            return Err(format!("[{i}].tokens: {} tokens, at most {tokens_max}", concept.tokens.len()));
+        }
+        let mut tokens = BTreeSet::new();
+        for (k, token) in concept.tokens.iter().enumerate() {
+            check_name(format!("[{i}].tokens[{k}]"), token, &mut tokens)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_name<'a>(field: String, name: &'a str, seen: &mut BTreeSet<&'a str>) -> std::result::Result<(), String> {
+    if !is_name(name) {
+        let shown: String = name.chars().take(64).collect();
+        return Err(format!("{field}: {shown:?} {NAME_RULE}"));
+    }
+    if seen.insert(name) { Ok(()) } else { Err(format!("{field}: {name:?} occurs twice")) }
 }
 
 /// A concept as the tokens' file lists it.
@@ -162,41 +196,59 @@ fn new_words(model: &Model, concepts: &[Concept]) -> Result<Vec<(u32, String)>> 
     Ok(words)
 }
 
-/// Puts a row for every token into the embedding table in the weight file `path`, from row `first` on: over spare ones,
-/// and behind the last. Returns how many rows the table has then.
-fn add_embeddings(path: &Path, concepts: &[Concept], first: usize) -> Result<usize> {
-    let file = WeightFile::open(path)?;
-    let views = file.names().map(|name| file.view(name)).collect::<Result<Vec<_>>>()?;
-    let table = views.iter().find(|view| view.name().ends_with(EMBEDDING));
-    let table = table.ok_or_else(|| Error::invalid_file(path, format!("no tensor ends in {EMBEDDING:?}")))?;
-    let &[before, width] = table.shape() else {
-        return Err(table.error(format!("shape {:?}, not [vocabulary, d]", table.shape())));
-    };
-    let tokens = concepts.iter().flat_map(|c| c.tokens.iter().map(move |t| (c, t)));
-    let mut rows = Vec::new();
-    for (concept, token) in tokens {
-        if token.width != width || token.layers * width != token.values.len() {
-            let reason = format!("token {:?} is {} wide, the text encoder {width}", token.name, token.width);
-            return Err(Error::Incompatible { adapter: concept.name.clone(), reason });
-        }
-        let mean = |i: usize| token.values.iter().skip(i).step_by(width).sum::<f32>() / token.layers as f32;
-        rows.extend((0..width).map(mean));
+/// The text encoder's embedding table in its weight file.
+fn embedding_table(file: &Arc<WeightFile>) -> Result<WeightView> {
+    let name = file.names().find(|name| name.ends_with(EMBEDDING));
+    let name = name.ok_or_else(|| Error::invalid_file(file.path(), format!("no tensor ends in {EMBEDDING:?}")))?;
+    let table = file.view(name)?;
+    match table.shape() {
+        [_, _] => Ok(table),
+        shape => Err(table.error(format!("shape {shape:?}, not [vocabulary, d]"))),
     }
-    let count = rows.len() / width;
-    let rows = Tensor::from_vec(rows, (count, width), &Device::Cpu)?.to_dtype(table.dtype())?;
-    let mut added = Vec::new();
-    rows.write_bytes(&mut added)?;
-    let after = before.max(first + count);
-    let row = width * table.dtype().size_in_bytes();
+}
+
+/// A row of the embedding table for every token, in the table's type: the mean of its vectors.
+fn new_rows(table: &WeightView, concepts: &[Concept]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for concept in concepts {
+        for token in &concept.tokens {
+            let width = token.width;
+            let mean = |i: usize| token.values.iter().skip(i).step_by(width).sum::<f32>() / token.layers as f32;
+            let row = Tensor::from_iter((0..width).map(mean), &Device::Cpu)?.to_dtype(table.dtype())?;
+            let stored: Vec<f32> = row.to_dtype(DType::F32)?.to_vec1()?;
+            if let Some(value) = stored.iter().find(|x| !x.is_finite()) {
+                let reason = format!(
+                    "token {:?} is {value} in {:?}, the type of the model's words; train it again with a lower learning \
+                     rate of the tokens",
+                    token.name,
+                    table.dtype()
+                );
+                return Err(Error::Incompatible { adapter: concept.name.clone(), reason });
+            }
+            row.write_bytes(&mut bytes)?;
+        }
+    }
+    Ok(bytes)
+}
+
+/// Puts rows into the embedding table in the weight file `path`, from row `first` on: over spare ones, and behind the
+/// last. Returns how many rows the table has then.
+fn add_rows(path: &Path, rows: &[u8], first: usize) -> Result<usize> {
+    let file = WeightFile::open(path)?;
+    let table = embedding_table(&file)?;
+    let row = table.shape()[1] * table.dtype().size_in_bytes();
+    let after = table.shape()[0].max(first + rows.len() / row);
     let mut bytes = table.bytes().to_vec();
     bytes.resize(after * row, 0);
-    bytes[first * row..][..added.len()].copy_from_slice(&added);
+    bytes[first * row..][..rows.len()].copy_from_slice(rows);
 
+    let views = file.names().map(|name| file.view(name)).collect::<Result<Vec<_>>>()?;
     let mut pieces = BTreeMap::new();
     for view in &views {
         pieces.insert(view.name().to_owned(), Piece::of(view)?);
     }
-    let extended = Piece { shape: vec![after, width], bytes: Cow::Owned(bytes), ..Piece::of(table)? };
+    let shape = vec![after, table.shape()[1]];
+    let extended = Piece { shape, bytes: Cow::Owned(bytes), ..Piece::of(&table)? };
     pieces.insert(table.name().to_owned(), extended);
     // Beside it and then renamed: the pieces are read from the mapped file that is replaced.
     let beside = path.with_extension("new");

@@ -119,3 +119,85 @@ fn a_word_that_the_tokenizer_has_is_refused_before_anything_is_written() {
     assert!(error.to_string().contains("\"<milo>\" already; train it again under another name"), "{error}");
     assert!(!second.exists());
 }
+
+/// Baking `concept` must fail with all of `needles` in the error, and write nothing.
+#[track_caller]
+fn refused(base: &Model, concept: Concept, needles: &[&str]) {
+    let out = tempfile::tempdir().unwrap();
+    let error = bake(base, &[concept], &out.path().join("baked")).unwrap_err();
+    assert!(matches!(&error, Error::Incompatible { .. }), "{error}");
+    needles.iter().for_each(|needle| assert!(error.to_string().contains(needle), "{error} does not say {needle:?}"));
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "something was written");
+}
+
+#[test]
+fn words_that_overflow_the_tables_type_are_refused() {
+    let source = model_folder("starter", DType::F16);
+    let base = load(source.path());
+    let plain = |value: f32| {
+        let token = TokenVectors { name: "milo-2".into(), layers: 1, width: WIDTH, values: vec![value; WIDTH] };
+        Concept { name: "milo".into(), tokens: vec![token] }
+    };
+    refused(&base, plain(70_000.0), &["milo", "\"milo-2\" is inf in F16", "learning rate"]);
+    bake(&base, &[plain(60_000.0)], &source.path().join("baked")).unwrap();
+    // The mean of vectors may overflow where none of them does.
+    let token = TokenVectors { name: "milo-1".into(), layers: 10, width: WIDTH, values: vec![1e38; 10 * WIDTH] };
+    refused(&base, Concept { name: "milo".into(), tokens: vec![token] }, &["\"milo-1\" is inf"]);
+}
+
+#[test]
+fn tokens_that_the_model_cannot_draw_are_refused() {
+    let source = model_folder("starter", DType::F16);
+    let base = load(source.path());
+    let sized = |layers: usize, width: usize| {
+        let token = TokenVectors { name: "milo-1".into(), layers, width, values: vec![0.5; layers * width] };
+        Concept { name: "milo".into(), tokens: vec![token] }
+    };
+    refused(&base, sized(9, WIDTH), &["milo", "9 vectors", "10 cross-attentions"]);
+    refused(&base, sized(10, WIDTH + 1), &["milo", "width 25", "24"]);
+    refused(&base, sized(1, WIDTH - 1), &["milo", "width 23", "24"]);
+    let mut short = sized(10, WIDTH);
+    short.tokens[0].values.pop();
+    refused(&base, short, &["239 values for 10 vectors"]);
+}
+
+#[test]
+fn the_list_of_a_folders_concepts_is_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(blocklora_engine::bake::TOKENS_FILE);
+    let write = |listed: &str, value: f32| {
+        let bytes = value.to_le_bytes();
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1, 1], &bytes).unwrap();
+        let metadata = std::collections::HashMap::from([("blocklora.concepts".to_owned(), listed.to_owned())]);
+        let names = ["milo.t", "\u{1b}[31m.t", "milo.\u{202e}"];
+        let tensors = names.map(|name| (name, view.clone()));
+        safetensors::serialize_to_file(tensors, Some(metadata), &path).unwrap();
+    };
+    let milo = r#"{"name": "milo", "tokens": ["t"]}"#;
+    write(&format!("[{milo}]"), 1.5);
+    assert_eq!(baked_concepts(folder.path()).unwrap().len(), 1);
+    let many = format!(r#"[{{"name": "milo", "tokens": {}}}]"#, serde_json::json!(vec!["t"; 17]));
+    for (listed, value, needles) in [
+        (
+            r#"[{"name": "\u001b[31m", "tokens": ["t"]}]"#.to_owned(),
+            1.5,
+            ["[0].name: \"\\u{1b}[31m\"", "must be 1 to 64"],
+        ),
+        (
+            r#"[{"name": "milo", "tokens": ["\u202e"]}]"#.to_owned(),
+            1.5,
+            ["[0].tokens[0]: \"\\u{202e}\"", "must be 1 to 64"],
+        ),
+        (r#"[{"name": "../milo", "tokens": []}]"#.to_owned(), 1.5, ["[0].name", "must be 1 to 64"]),
+        (format!("[{milo}, {milo}]"), 1.5, ["blocklora.concepts[1].name", "\"milo\" occurs twice"]),
+        (r#"[{"name": "milo", "tokens": ["t", "t"]}]"#.to_owned(), 1.5, ["[0].tokens[1]", "\"t\" occurs twice"]),
+        (many, 1.5, ["[0].tokens", "17 tokens, at most 16"]),
+        (format!("[{milo}]"), f32::NAN, ["\"milo.t\"", "holds NaN"]),
+    ] {
+        write(&listed, value);
+        let error = baked_concepts(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(&*path.to_string_lossy()), "{error}");
+        needles.iter().for_each(|needle| assert!(error.contains(needle), "{error} does not say {needle:?}"));
+        assert!(!error.contains(|c: char| c.is_control() || c == '\u{202e}'), "{error:?} would harm a terminal");
+    }
+}

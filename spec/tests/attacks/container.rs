@@ -9,6 +9,12 @@ fn length(bytes: &mut [u8], length: u64) {
     bytes[..8].copy_from_slice(&length.to_le_bytes());
 }
 
+/// Padded by 8 of `with`, and with spaces where that is not enough.
+fn padded(header: String, with: char) -> String {
+    let spaces = " ".repeat((8 - header.len() % 8) % 8);
+    header + &spaces + &String::from(with).repeat(8)
+}
+
 fn layout() -> Vec<Attack> {
     vec![
         attack("empty", vec![], "truncated: the header's length needs 8 bytes, the file has 0"),
@@ -45,6 +51,8 @@ fn json() -> Vec<Attack> {
         attack("header_not_json", pack("{not json}", &[]), "header: not valid JSON: key must be a string"),
         attack("header_not_utf8", raw(|b| b[20] = 0xFF), "header: not valid JSON: invalid unicode"),
         attack("header_array", pack("[]", &[]), "does not begin with '{'"),
+        attack("header_padded_with_tabs", header(|h| padded(h, '\t')), "padded with something other than spaces"),
+        attack("header_padded_with_line_feeds", header(|h| padded(h, '\n')), "padded with something other than spaces"),
         attack("header_leading_space", header(|h| format!(" {h}")), "does not begin with '{'"),
         attack("header_two_values", header(|h| h + "{}"), "header: not valid JSON: trailing characters"),
         attack("header_unterminated", header(|h| h[..h.len() - 1].to_owned()), "header: not valid JSON: EOF"),

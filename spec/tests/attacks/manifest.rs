@@ -112,7 +112,25 @@ fn fields() -> Vec<Attack> {
         field("delta_unknown", "/delta", json!("alpha / sqrt(rank) * B * A"), "manifest: delta: unknown variant"),
         field("lambda_one", "/erasure_lambda", json!(1.0), "manifest: erasure_lambda: 1 is not in 0..1"),
         field("licence_empty", "/licence", json!(""), "manifest: licence: must be null or"),
-        field("created_free_text", "/created", json!("yesterday"), "manifest: created: must be null or like"),
+        field("created_free_text", "/created", json!("yesterday"), "manifest: created: must be null or a time"),
+        field(
+            "created_no_time",
+            "/created",
+            json!("2026-99-99T99:99:99Z"),
+            "manifest: created: must be null or a time",
+        ),
+        field(
+            "created_leap_second",
+            "/created",
+            json!("2016-12-31T23:59:60Z"),
+            "manifest: created: must be null or a time",
+        ),
+        field(
+            "created_no_leap_year",
+            "/created",
+            json!("2026-02-29T00:00:00Z"),
+            "manifest: created: must be null or a time",
+        ),
         field("kind_object", "/kind", json!({"subject": null}), "manifest: kind: must be a string, not an object"),
         field(
             "partition_array",

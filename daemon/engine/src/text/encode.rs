@@ -18,6 +18,26 @@ pub struct Concept {
     pub tokens: Vec<TokenVectors>,
 }
 
+impl Concept {
+    /// Fails unless `model` can put the tokens into its prompts.
+    pub(crate) fn check(&self, model: &Model) -> Result<()> {
+        for token in &self.tokens {
+            if token.layers.checked_mul(token.width) != Some(token.values.len()) {
+                let reason = format!(
+                    "token {:?} has {} values for {} vectors of width {}",
+                    token.name,
+                    token.values.len(),
+                    token.layers,
+                    token.width
+                );
+                return Err(Error::Incompatible { adapter: self.name.clone(), reason });
+            }
+            check_token(model, &self.name, token.layers, token.width)?;
+        }
+        Ok(())
+    }
+}
+
 /// Encodes `prompts`, which may name `concepts`.
 ///
 /// [`Conditioning::Shared`] if no prompt uses a token with one vector per cross-attention, else layer-wise. Fails on a
@@ -31,18 +51,8 @@ pub fn encode(model: &Model, prompts: &[&str], concepts: &[Concept], with: &Forw
             let reason = "another concept has the same name, so that a prompt cannot tell them apart; rename one";
             return Err(Error::Incompatible { adapter: concept.name.clone(), reason: reason.into() });
         }
+        concept.check(model)?;
         for token in &concept.tokens {
-            if token.layers.checked_mul(token.width) != Some(token.values.len()) {
-                let reason = format!(
-                    "token {:?} has {} values for {} vectors of width {}",
-                    token.name,
-                    token.values.len(),
-                    token.layers,
-                    token.width
-                );
-                return Err(Error::Incompatible { adapter: concept.name.clone(), reason });
-            }
-            check_token(model, &concept.name, token.layers, token.width)?;
             vectors.push(Tensor::from_slice(&token.values, (token.layers, token.width), model.device())?);
         }
     }

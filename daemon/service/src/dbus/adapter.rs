@@ -1,9 +1,9 @@
 //! org.blocklora.Daemon1.Adapter.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use blocklora_spec::{Adapter, export};
+use blocklora_spec::Adapter;
+use blocklora_spec::export::{self, Format};
 use zbus::{OwnedFd, Variant};
 
 use super::call::{Answer, Call, Refusal, no_options};
@@ -68,36 +68,35 @@ fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {
 }
 
 fn export_files(daemon: &Daemon, digest: &str, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
-    let adapter = &daemon.open_adapter(digest)?;
-    let folder = tempfile::tempdir().map_err(|e| Error::io("temporary folder", &e))?;
-    let name = format!("{}.safetensors", adapter.manifest().name);
-    let path = folder.path().join(&name);
-    match format {
-        "blocklora" => return Ok(vec![memory_file(&daemon.read_adapter(digest)?, name)?]),
-        "kohya" => export::kohya(adapter, &path)?,
-        "diffusers" => export::diffusers(adapter, &path)?,
-        "textual-inversion" => export::textual_inversion(adapter, &path)?,
-        "peft" => {
-            let root = folder.path().join("peft");
-            export::peft(adapter, &root)?;
-            let relative = |path: &Path| path.strip_prefix(&root).unwrap_or(path).display().to_string();
-            return crate::tar::files(&root)?.iter().map(|path| file(path, relative(path))).collect();
+    let format = match format {
+        "blocklora" => {
+            let name = format!("{}.safetensors", daemon.open_adapter(digest)?.manifest().name);
+            let bytes = daemon.read_adapter(digest)?;
+            return Ok(vec![described(memfd::sealed(&name, &bytes)?, &name, bytes.len() as u64)]);
         }
+        "kohya" => Format::Kohya,
+        "diffusers" => Format::Diffusers,
+        "peft" => Format::Peft,
+        "textual-inversion" => Format::TextualInversion,
         other => {
             let known = "blocklora, kohya, diffusers, peft or textual-inversion";
             return Err(Error::new(Kind::NotSupported, format!("format {other:?} is not {known}")));
         }
-    }
-    Ok(vec![file(&path, name)?])
+    };
+    let adapter = daemon.open_adapter(digest)?;
+    let files = export::files(&adapter, format)?;
+    files
+        .iter()
+        .map(|file| {
+            let fd = memfd::sealed_with(file.name(), |out| file.write_to(out))?;
+            Ok(described(fd, file.name(), file.size()))
+        })
+        .collect()
 }
 
-fn file(path: &Path, name: String) -> Result<(OwnedFd, Dict)> {
-    memory_file(&std::fs::read(path).map_err(|e| Error::io(path.display(), &e))?, name)
-}
-
-fn memory_file(bytes: &[u8], name: String) -> Result<(OwnedFd, Dict)> {
+/// A file in a reply.
+fn described(fd: std::os::fd::OwnedFd, name: &str, size: u64) -> (OwnedFd, Dict) {
     let media_type = if name.ends_with(".json") { "application/json" } else { "application/vnd.safetensors" };
-    let fd = memfd::sealed(&name, bytes)?;
-    let info = dict([("name", own(name)), ("media_type", own(media_type)), ("size", own(bytes.len() as u64))]);
-    Ok((fd.into(), info))
+    let info = dict([("name", own(name.to_owned())), ("media_type", own(media_type)), ("size", own(size))]);
+    (fd.into(), info)
 }

@@ -191,6 +191,13 @@ impl Daemon {
         text.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
     }
 
+    /// The most resident memory that it ever had, bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+
     /// A client on the socket.
     pub async fn client(&self) -> Client {
         let address = format!("unix:path={}", self.socket().display());
@@ -310,7 +317,12 @@ impl Client {
 
     /// Adds a bundled adapter to the library; its path.
     pub async fn register(&self, name: &str) -> String {
-        let file = File::open(adapter_file(name)).unwrap();
+        self.register_file(&adapter_file(name)).await
+    }
+
+    /// Adds an adapter's file to the library; its path.
+    pub async fn register_file(&self, file: &Path) -> String {
+        let file = File::open(file).unwrap();
         let body = (zbus::Fd::from(file.as_fd()), Dict::new());
         let path: OwnedObjectPath = self.call(ROOT, "Manager", "RegisterAdapter", &body).await.unwrap();
         path.as_str().to_owned()
