@@ -565,7 +565,7 @@ fn what_is_no_safetensors_file_is_refused() {
         let entry = |offsets| json!({"dtype": "F32", "shape": [1], "data_offsets": offsets});
         common::raw::container(&json!({"a": entry(offsets), "b": entry(second)}).to_string(), &[0; 8])
     };
-    fails("f.safetensors", &tensor([0, 12], [4, 8]), &["\"a\"", "0 to 12"]);
+    fails("f.safetensors", &tensor([0, 12], [4, 8]), &["\"a\"", "truncated"]);
     fails("g.safetensors", &tensor([8, 4], [4, 8]), &["\"a\"", "8 to 4"]);
     fails("h.safetensors", &tensor([0, 8], [0, 8]), &["\"b\"", "overlaps"]);
     fails("i.safetensors", &tensor([0, u64::MAX], [4, 8]), &["\"a\""]);
@@ -576,6 +576,37 @@ fn what_is_no_safetensors_file_is_refused() {
     let mut short = kohya();
     short.tensors[0].2 = vec![1 << 40, 2];
     fails("k.safetensors", &short.bytes(), &["rank 1099511627776"]);
+}
+
+/// One byte after the other is changed: whatever that makes of the file, it is read or refused.
+#[test]
+fn damaged_files_are_no_reason_to_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"unet.r": 2, "unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 5}}).to_string();
+    let file = Foreign::default().factors(PEFT_Q, 2, 1).factors(KOHYA_OUT, 1, 2).f32(ALPHA_OUT, &[], &[1.0]);
+    let bytes = file.f32("bundle_emb.cat.clip_l", &[1, 4], &vectors(1)).meta("lora_adapter_metadata", &config).bytes();
+    let lenient = Options { allow_unmatched: true, ..options() };
+    let (mut read, mut refused) = (0, 0);
+    for at in 0..bytes.len() {
+        for byte in [bytes[at] ^ 1, bytes[at] ^ 0x10, 0xff] {
+            let mut damaged = bytes.clone();
+            damaged[at] = byte;
+            let path = folder.path().join(format!("{at}-{byte}.safetensors"));
+            std::fs::write(&path, damaged).unwrap();
+            match import(&path, &target(), &lenient) {
+                Ok(imported) => {
+                    imported.builder.to_bytes("x").unwrap();
+                    read += 1;
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains(&format!("{at}-{byte}.safetensors")), "{error}");
+                    refused += 1;
+                }
+            }
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    assert!(read > 0 && refused > 0);
 }
 
 /// Ranks that would be filled up to more than an adapter may have are found before that is done.

@@ -58,8 +58,13 @@ impl File {
             let reason = |reason: String| Error::TensorEntry { path: path.into(), tensor: shortened(&name), reason };
             let raw: RawEntry = serde_json::from_value(entry).map_err(|e| reason(excerpt(&e.to_string())))?;
             let [begin, end] = raw.data_offsets;
-            if begin > end || end > data as u64 {
-                return Err(reason(format!("offsets {begin} to {end} are not in the {data} bytes of data")));
+            if begin > end {
+                return Err(reason(format!("its offsets {begin} and {end} end before they begin")));
+            }
+            if end > data as u64 {
+                let (needed, actual) = (end.saturating_add(base as u64), content.len() as u64);
+                let what = format!("tensor {:?}", shortened(&name));
+                return Err(Error::Truncated { path: path.into(), what, needed, actual });
             }
             // Tensors that share bytes would cost more than the file's size.
             taken += end - begin;

@@ -12,7 +12,7 @@ use super::words::Bundle;
 use super::{Format, Options, Origin, Target, fail};
 use crate::adapter::{TokenVectors, hex};
 use crate::error::Result;
-use crate::manifest::{Algorithm, Kind, Manifest, NAME_RULE, Token, Training, is_name};
+use crate::manifest::{Algorithm, Kind, Manifest, NAME_RULE, Token, Training, is_name, is_text};
 
 type Metadata = BTreeMap<String, String>;
 
@@ -58,7 +58,9 @@ pub(super) fn of<'a>(
         .map(|(key, text)| (key.to_owned(), text.to_owned()))
         .collect();
     let origins: Vec<Origin> = files.map(File::origin).collect();
-    let licence = options.licence.clone().or_else(|| said("modelspec.license").map(str::to_owned));
+    // What is too long to be one, or none, is not the user's fault.
+    let stated = said("modelspec.license").filter(|l| is_text(l, 256)).map(str::to_owned);
+    let licence = options.licence.clone().or(stated);
     let kind = match options.kind {
         Kind::Subject => "subject",
         Kind::Person => "person",
