@@ -159,8 +159,9 @@ fn keys_that_are_left_out_are_listed() {
         &Adapter::open(bundled()).unwrap().layers()[0].name.replace("text_encoder.", "lora_te_").replace('.', "_");
     let (down, up) = (format!("{layer}.lora_down.weight"), format!("{layer}.lora_up.weight"));
     let [m, n] = [640, 160];
-    foreign(&path("mixed.safetensors"), &[(&down, &[1, n]), (&up, &[m, 1]), (CONV, &[1, 4, 3, 3])]);
-    let args = ["import", text(&path("mixed.safetensors")), "-o", text(&path("x.safetensors")), "--allow-unmatched"];
+    let (mixed, output) = (path("mixed.safetensors"), path("x.safetensors"));
+    foreign(&mixed, &[(&down, &[1, n]), (&up, &[m, 1]), (CONV, &[1, 4, 3, 3])]);
+    let args = ["import", text(&mixed), "-o", text(&output), "--allow-unmatched"];
     let said = succeeds(args);
     assert!(said.contains("1 layers of rank 1") && said.contains(&format!("left out {CONV:?}: ")), "{said}");
     let said: Value = serde_json::from_str(&succeeds([&args[..], &["--json"]].concat())).unwrap();
