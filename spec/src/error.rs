@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// An error of reading, writing or exporting an adapter. Each names the file and, where there is one, the tensor or
+/// An error of reading, writing, exporting or importing an adapter. Each names the file and, where there is one, the tensor or
 /// the manifest's field, the reason, and what to do if that is not obvious.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -250,6 +250,30 @@ pub enum Error {
         index: usize,
         /// NaN, inf or -inf.
         value: f32,
+    },
+    /// The file is another tool's.
+    #[error("{path}: this is {what}, not a BlockLoRA adapter; {}", what.cure())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Whose.
+        what: crate::import::Foreign,
+    },
+    /// Another tool's file that has no counterpart here, or is damaged.
+    #[error("{path}: cannot be imported: {reason}")]
+    Import {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Keys of another tool's file that cannot be applied.
+    #[error("{path}: {}", crate::import::summary(keys))]
+    Unmatched {
+        /// The file or folder.
+        path: PathBuf,
+        /// All of them.
+        keys: Vec<crate::import::Unmatched>,
     },
     /// The adapter has no counterpart in the format that it should be exported to.
     #[error("{path}: cannot be exported to {format}: {reason}")]

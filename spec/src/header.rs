@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::adapter::KEY_SPEC;
 use crate::dtype::Storage;
 use crate::error::{Error, Result, excerpt, shortened};
+use crate::import::recognise;
 use crate::{json, limits};
 
 /// One tensor's place in the file.
@@ -32,10 +33,10 @@ pub(crate) struct Header {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawEntry {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: [u64; 2],
+pub(crate) struct RawEntry {
+    pub(crate) dtype: String,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) data_offsets: [u64; 2],
 }
 
 /// A tensor to be written: name, type, shape.
@@ -73,8 +74,16 @@ pub(crate) fn write(path: &Path, metadata: &BTreeMap<&str, String>, tensors: &[T
     Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
 }
 
-/// Reads and checks the header of `file`, the whole content of `path`.
-pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
+/// A header's parts, as far as all safetensors files have them.
+pub(crate) struct Parts {
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) entries: BTreeMap<String, Value>,
+    /// Where the data section begins.
+    pub(crate) base: usize,
+}
+
+/// Takes the header of `file`, the whole content of `path`, apart. `padded`: its length must be a multiple of 8.
+pub(crate) fn parts(path: &Path, file: &[u8], padded: bool) -> Result<Parts> {
     let truncated = |what: &str, needed: u64| Error::Truncated {
         path: path.into(),
         what: what.into(),
@@ -88,10 +97,10 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
     if length > limits::HEADER_BYTES_MAX {
         return Err(Error::HeaderTooLarge { path: path.into(), claimed: length, limit: limits::HEADER_BYTES_MAX });
     }
-    let Some((text, data)) = rest.split_at_checked(length as usize) else {
+    let Some((text, _)) = rest.split_at_checked(length as usize) else {
         return Err(truncated("the header", 8 + length));
     };
-    if !length.is_multiple_of(8) {
+    if padded && !length.is_multiple_of(8) {
         return Err(Error::HeaderMisaligned { path: path.into(), length });
     }
     let invalid = |reason: String| Error::Json { path: path.into(), part: "header", reason };
@@ -104,23 +113,32 @@ pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
         return Err(invalid("is padded with something other than spaces; pad it with spaces".into()));
     }
     json::check(path, "header", text, limits::HEADER_DEPTH_MAX)?;
-    let mut raw: BTreeMap<String, Value> =
+    let mut entries: BTreeMap<String, Value> =
         serde_json::from_slice(text).map_err(|e| invalid(excerpt(&e.to_string())))?;
-    let metadata = match raw.remove("__metadata__") {
+    let metadata = match entries.remove("__metadata__") {
         Some(value) => serde_json::from_value(value).map_err(|e| invalid(excerpt(&format!("__metadata__: {e}"))))?,
         None => BTreeMap::<String, String>::new(),
     };
+    Ok(Parts { metadata, entries, base: 8 + length as usize })
+}
+
+/// Reads and checks the header of `file`, the whole content of `path`.
+pub(crate) fn read(path: &Path, file: &[u8]) -> Result<Header> {
+    let Parts { metadata, entries, base } = parts(path, file, true)?;
     // Other programs' files are told from damaged ones of ours.
     if !metadata.contains_key(KEY_SPEC) {
-        return Err(Error::MissingMetadata { path: path.into(), key: KEY_SPEC });
+        return Err(match recognise(entries.keys().map(String::as_str)) {
+            Some(what) => Error::Foreign { path: path.into(), what },
+            None => Error::MissingMetadata { path: path.into(), key: KEY_SPEC },
+        });
     }
-    let base = 8 + length as usize;
+    let data_len = file.len() - base;
     let mut tensors = BTreeMap::new();
-    for (name, entry) in raw {
-        let entry = check_entry(path, &name, entry, base, data.len() as u64)?;
+    for (name, entry) in entries {
+        let entry = check_entry(path, &name, entry, base, data_len as u64)?;
         tensors.insert(name, entry);
     }
-    check_cover(path, &tensors, base, data.len())?;
+    check_cover(path, &tensors, base, data_len)?;
     Ok(Header { metadata, tensors })
 }
 

@@ -6,6 +6,7 @@ mod dtype;
 mod error;
 pub mod export;
 mod header;
+pub mod import;
 mod json;
 mod manifest;
 mod map;

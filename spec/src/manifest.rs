@@ -184,7 +184,7 @@ fn is_hex_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-fn is_text(text: &str, chars_max: usize) -> bool {
+pub(crate) fn is_text(text: &str, chars_max: usize) -> bool {
     !text.is_empty() && text.chars().count() <= chars_max && !text.chars().any(char::is_control)
 }
 

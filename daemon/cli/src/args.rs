@@ -31,6 +31,50 @@ impl Precision {
     }
 }
 
+/// A concept's kind as people write it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum KindArg {
+    /// A thing or an animal
+    Subject,
+    /// A person or a character
+    Person,
+    /// A place
+    Scene,
+    /// A manner of drawing
+    Style,
+}
+
+impl KindArg {
+    /// Its name in the daemon's interface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Subject => "subject",
+            Self::Person => "person",
+            Self::Scene => "scene",
+            Self::Style => "style",
+        }
+    }
+}
+
+/// A storage type as people write it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum StorageArg {
+    /// 32 bits, as trained
+    F32,
+    /// 16 bits: half the size, rounded
+    F16,
+}
+
+impl StorageArg {
+    /// Its name in the daemon's interface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        }
+    }
+}
+
 /// How adapters add up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Strategy {

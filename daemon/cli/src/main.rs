@@ -33,6 +33,7 @@ mod demo;
 mod doctor;
 mod export;
 mod generate;
+mod import;
 mod inspect;
 mod jobs;
 mod manual;
@@ -113,6 +114,7 @@ enum Command {
     Merge(merge::Args),
     Inspect(inspect::Args),
     Export(export::Args),
+    Import(import::Args),
     Score(score::Args),
     #[command(subcommand)]
     Adapters(adapters::Command),
@@ -142,6 +144,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Merge(args) => merge::run(&args, &daemon),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Adapters(command) => adapters::run(&command, &daemon),
         Command::Models(command) => models::run(&command, &daemon),

@@ -13,9 +13,8 @@ use blocklora_client::{CancelMode, ResultFile, Train, Trained};
 use blocklora_engine::train::Dataset;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_spec::Adapter;
-use clap::ValueEnum;
 
-use crate::args::ModelArgs;
+use crate::args::{KindArg, ModelArgs, StorageArg};
 use crate::concepts::Concepts;
 use crate::daemon::{self, Daemon, State, choose_model, watch};
 use crate::failure::Interrupted;
@@ -80,48 +79,6 @@ pub struct Args {
     json: bool,
     #[command(flatten)]
     model: ModelArgs,
-}
-
-/// A concept's kind as people write it.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum KindArg {
-    /// A thing or an animal
-    Subject,
-    /// A person or a character
-    Person,
-    /// A place
-    Scene,
-    /// A manner of drawing
-    Style,
-}
-
-impl KindArg {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Subject => "subject",
-            Self::Person => "person",
-            Self::Scene => "scene",
-            Self::Style => "style",
-        }
-    }
-}
-
-/// A storage type as people write it.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum StorageArg {
-    /// 32 bits, as trained
-    F32,
-    /// 16 bits: half the size, rounded
-    F16,
-}
-
-impl StorageArg {
-    fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-        }
-    }
 }
 
 /// Which slot is asked for.

@@ -39,6 +39,7 @@ fn every_command_option_and_argument_is_explained() {
         "merge",
         "inspect",
         "export",
+        "import",
         "score",
         "adapters add",
         "adapters list",
