@@ -117,7 +117,8 @@ fn alpha_over_rank(adapter: &Adapter, format: Format) -> Result<f32> {
     if product.is_finite() {
         return Ok(product);
     }
-    let reason = format!("alpha {alpha} times rank {rank} is not a finite number; train it again with a smaller alpha");
+    let reason =
+        format!("alpha {alpha:e} times rank {rank} is not a finite number; train it again with a smaller alpha");
     fail(adapter, format, reason)
 }
 
@@ -197,7 +198,7 @@ fn diffusers_file(adapter: &Adapter) -> Result<File<'_>> {
         let mut folded = layer.bytes_of_b_rows().flat_map(|row| layer.entries[1].dtype.decode(row)).map(|x| x * scale);
         if let Some(value) = folded.find(|x| !x.is_finite()) {
             let reason = format!(
-                "B of the layer {name:?} times the scale {scale} is {value}; train it again with a smaller alpha"
+                "B of the layer {name:?} times the scale {scale:e} is {value}; train it again with a smaller alpha"
             );
             return fail(adapter, Format::Diffusers, reason);
         }

@@ -89,16 +89,16 @@ impl<'a> Draft<'a> {
     /// SD 1.5 takes.
     pub(super) fn file(self, name: String, adapter: &Adapter, format: &'static str) -> Result<File<'a>> {
         let mut tensors: Vec<_> = self.tensors.into_iter().collect();
-        let bytes: u64 = tensors.iter().map(|(_, (.., numbers))| numbers.size()).sum();
-        if bytes > limits::FILE_BYTES_MAX - limits::HEADER_BYTES_MAX {
-            let reason = format!("its factors would take {bytes} bytes, more than an adapter's file may have");
-            return Err(Error::Export { path: adapter.path().into(), format, reason });
-        }
         // Wide types first keeps every tensor aligned.
         tensors.sort_by_key(|(_, (storage, ..))| std::cmp::Reverse(storage.size()));
         let entries: Vec<_> = tensors.iter().map(|(name, (storage, shape, _))| (&**name, *storage, &**shape)).collect();
         let head = header::write(adapter.path(), &self.metadata, &entries)?;
-        Ok(File { name, head, tensors: tensors.into_iter().map(|(_, (.., numbers))| numbers).collect() })
+        let file = File { name, head, tensors: tensors.into_iter().map(|(_, (.., numbers))| numbers).collect() };
+        if file.size() <= limits::FILE_BYTES_MAX {
+            return Ok(file);
+        }
+        let reason = format!("it would have {} bytes, more than an adapter's file may have", file.size());
+        Err(Error::Export { path: adapter.path().into(), format, reason })
     }
 }
 
@@ -141,7 +141,7 @@ impl Numbers<'_> {
     }
 }
 
-const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 fn write_zeros(out: &mut impl Write, mut count: u64) -> io::Result<()> {
     while count > 0 {
