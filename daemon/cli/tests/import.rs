@@ -139,8 +139,10 @@ fn foreign_files_are_named_with_what_to_do() {
         fails(command, &["k.safetensors", "a kohya LoRA", "`blocklora import`"]);
     }
     fails(&["inspect", "loha.safetensors"], &["a file of LoHa", "cannot be written"]);
-    fails(&["import", "loha.safetensors", "-o", "x.safetensors"], &["loha.safetensors", "LoHa", "--allow-unmatched"]);
+    fails(&["import", "loha.safetensors", "-o", "x.safetensors"], &["loha.safetensors", "none of its keys", "LoHa"]);
     fails(&["import", "conv.safetensors", "-o", "x.safetensors"], &[CONV, "unet.conv_in", "a convolution"]);
+    let unet = common::model_dir().join("unet/diffusion_pytorch_model.safetensors");
+    fails(&["import", text(&unet), "-o", "x.safetensors"], &["diffusion_pytorch_model", "a model's weights"]);
     fails(&["import", "conv.safetensors", "-o", "x.safetensors", "--allow-unmatched"], &["none of its keys"]);
     fails(&["import", "old.pt", "-o", "x.safetensors"], &["old.pt", "pickle", "save_file"]);
     fails(&["import", "gone.safetensors", "-o", "x.safetensors"], &["gone.safetensors", "No such file"]);

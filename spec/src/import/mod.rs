@@ -175,13 +175,12 @@ pub fn import(path: impl AsRef<Path>, target: &Target, options: &Options) -> Res
     let Gathered { layers, words, mut unmatched, format } = gathered;
     let found = factors::pair(layers, &mut unmatched)?;
     unmatched.sort_by(|a, b| a.key.cmp(&b.key));
+    let Some(format) = format.filter(|_| !found.is_empty() || !words.is_empty()) else {
+        return fail(path, nothing(&unmatched));
+    };
     if !unmatched.is_empty() && !options.allow_unmatched {
         return Err(Error::Unmatched { path: path.into(), keys: unmatched });
     }
-    let Some(format) = format.filter(|_| !found.is_empty() || !words.is_empty()) else {
-        let first = unmatched.first().map_or("it has no tensors".into(), |u| format!("{:?}: {}", u.key, u.reason));
-        return fail(path, format!("none of its keys can be applied: {first}"));
-    };
     let vectors = words::read(path, &words, target.token_width)?;
     let fitted = factors::fit(path, found)?;
     let storage = options.storage.unwrap_or(fitted.storage(&words));
@@ -306,8 +305,29 @@ impl<'a> Gathered<'a> {
     }
 }
 
-/// Unmatched keys in a sentence: for each reason how many they are and the first of them.
+/// Why there is nothing to import where only `unmatched` was found.
+fn nothing(unmatched: &[Unmatched]) -> String {
+    if unmatched.is_empty() {
+        return "it has no tensors".into();
+    }
+    match recognise(unmatched.iter().map(|u| u.key.as_str())) {
+        Some(Foreign::Model) => "it is a model's weights, not a change to them".into(),
+        _ => format!("none of its keys can be applied{}", reasons(unmatched)),
+    }
+}
+
+/// What [`Error::Unmatched`] says.
 pub(crate) fn summary(keys: &[Unmatched]) -> String {
+    format!(
+        "{} of its keys cannot be applied{}; allow unmatched keys (--allow-unmatched) to import the rest and have all of \
+         these listed",
+        keys.len(),
+        reasons(keys)
+    )
+}
+
+/// For each reason how many keys it has and the first of them.
+fn reasons(keys: &[Unmatched]) -> String {
     /// Reasons that name a module each may be many.
     const REASONS_MAX: usize = 4;
     let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
@@ -319,7 +339,7 @@ pub(crate) fn summary(keys: &[Unmatched]) -> String {
     }
     // What most keys have in common says what the file is.
     reasons.sort_by_key(|(_, keys)| std::cmp::Reverse(keys.len()));
-    let mut text = format!("{} of its keys cannot be applied", keys.len());
+    let mut text = String::new();
     for (reason, keys) in reasons.iter().take(REASONS_MAX) {
         let first = shortened(keys.first().unwrap_or(&""));
         let more = if keys.len() > 1 { format!(" and {} more", keys.len() - 1) } else { String::new() };
@@ -328,5 +348,5 @@ pub(crate) fn summary(keys: &[Unmatched]) -> String {
     if let Some(rest) = reasons.get(REASONS_MAX..).filter(|rest| !rest.is_empty()) {
         text += &format!("; {} more for other reasons", rest.iter().map(|(_, keys)| keys.len()).sum::<usize>());
     }
-    text + "; allow unmatched keys (--allow-unmatched) to import the rest and have all of these listed"
+    text
 }

@@ -88,8 +88,8 @@ const METHODS: &[Method] = &[
 
 /// The method that `key` is of, if it is of one that has no counterpart.
 pub(super) fn method(key: &str) -> Option<&'static Method> {
-    let is = |ending: &&str| key.strip_suffix(*ending).is_some_and(|module| module.ends_with('.') && module.len() > 1);
-    METHODS.iter().find(|method| method.endings.iter().any(|ending| is(ending)))
+    let is = |ending: &&str| key.strip_suffix(ending).is_some_and(|module| module.ends_with('.') && module.len() > 1);
+    METHODS.iter().find(|method| method.endings.iter().any(is))
 }
 
 /// Why the base model has no module for `key`, which is one of a LoRA.
