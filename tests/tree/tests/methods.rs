@@ -15,10 +15,7 @@ const PROJECT: &[(&str, &str)] = &[
     ("daemon/service/src/life/paths.rs", "state.join(\"blocklora\")"),
     ("daemon/service/src/plugins/mod.rs", ".join(\"blocklora\")"),
     // The adapter file itself, as a format beside those of other tools.
-    (
-        "daemon/service/src/dbus/adapter.rs",
-        "\"blocklora\" => return Ok(vec![memory_file(&daemon.read_adapter(digest)?, name)?])",
-    ),
+    ("daemon/service/src/dbus/adapter.rs", "\"blocklora\" => return Ok(vec![own_file(daemon, digest)?])"),
 ];
 
 /// The full names of all plugins, and their ids and aliases.

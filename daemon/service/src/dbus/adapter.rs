@@ -69,11 +69,7 @@ fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {
 
 fn export_files(daemon: &Daemon, digest: &str, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
     let format = match format {
-        "blocklora" => {
-            let name = format!("{}.safetensors", daemon.open_adapter(digest)?.manifest().name);
-            let bytes = daemon.read_adapter(digest)?;
-            return Ok(vec![described(memfd::sealed(&name, &bytes)?, &name, bytes.len() as u64)]);
-        }
+        "blocklora" => return Ok(vec![own_file(daemon, digest)?]),
         "kohya" => Format::Kohya,
         "diffusers" => Format::Diffusers,
         "peft" => Format::Peft,
@@ -92,6 +88,13 @@ fn export_files(daemon: &Daemon, digest: &str, format: &str) -> Result<Vec<(Owne
             Ok(described(fd, file.name(), file.size()))
         })
         .collect()
+}
+
+/// The adapter's own file.
+fn own_file(daemon: &Daemon, digest: &str) -> Result<(OwnedFd, Dict)> {
+    let name = format!("{}.safetensors", daemon.open_adapter(digest)?.manifest().name);
+    let bytes = daemon.read_adapter(digest)?;
+    Ok(described(memfd::sealed(&name, &bytes)?, &name, bytes.len() as u64))
 }
 
 /// A file in a reply.
