@@ -195,8 +195,7 @@ mod tests {
                 _ => TimestepSpacing::Trailing,
             };
             let trained = trained.parse().unwrap();
-            let schedule =
-                NoiseSchedule { spacing, ..NoiseSchedule::scaled_linear(0.00085, 0.012, trained).unwrap() };
+            let schedule = NoiseSchedule { spacing, ..NoiseSchedule::scaled_linear(0.00085, 0.012, trained).unwrap() };
             let mut digest = 0xcbf2_9ce4_8422_2325_u64;
             for steps in 2..trained - 1 {
                 let timesteps =

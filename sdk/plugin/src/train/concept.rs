@@ -282,7 +282,8 @@ fn draw_batch(host: &dyn TrainHost, recipe: &Recipe<'_>, prior: &[PriorPicture],
     let prior = (settings.batch_size..settings.batch_size + beside).map(|lane| {
         let mut data = host.rng(Stream::Data, step, lane);
         let PriorPicture { index, prompt, weight } = &prior[data.below(prior.len())];
-        let shown = Shown { picture: *index, placement: Placement::WHOLE, prompt: prompt.clone(), weight: 2.0 * weight };
+        let shown =
+            Shown { picture: *index, placement: Placement::WHOLE, prompt: prompt.clone(), weight: 2.0 * weight };
         draw_sample(host, settings, step, lane, shown)
     });
     concept.chain(prior).collect()

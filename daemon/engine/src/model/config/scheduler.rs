@@ -50,7 +50,8 @@ impl SchedulerConfig {
                 return Err(fields.unsupported("beta_schedule", other, "linear and scaled_linear are"));
             }
         };
-        let schedule = made.map_err(|error| fields.invalid("beta_start, beta_end, trained_betas", error.to_string()))?;
+        let schedule =
+            made.map_err(|error| fields.invalid("beta_start, beta_end, trained_betas", error.to_string()))?;
         let prediction = match fields.or("prediction_type", "epsilon".to_owned())?.as_str() {
             "epsilon" => Prediction::Epsilon,
             "v_prediction" => Prediction::VPrediction,
