@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use blocklora_check::Level;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_service::plugins::check::Request;
-use blocklora_service::plugins::{Entry, PluginError, State};
+use blocklora_service::plugins::{BY_HAND, Entry, PluginError, State};
 use serde_json::{Value, json};
 
 use crate::escape::shown;
@@ -264,7 +264,7 @@ fn allowed(schema: &Value, property: &Value) -> String {
 fn quarantine(args: &QuarantineArgs, options: &daemon::Options) -> anyhow::Result<()> {
     let Name { kind, id } = &args.plugin;
     let told = daemon::run(tell_daemon(args, options))?;
-    let reason = (!args.lift).then_some("put there by hand");
+    let reason = (!args.lift).then_some(BY_HAND);
     match methods::plugins().set_quarantine(*kind, id, reason) {
         // The machine's daemon may have plugins that this user's commands do not find.
         Err(PluginError::Unknown { .. }) if told => {}

@@ -69,7 +69,7 @@ pub enum Error {
     /// A prompt cannot be encoded.
     #[error("prompt {prompt:?}: {reason}")]
     Prompt {
-        /// The prompt.
+        /// The prompt, or its beginning.
         prompt: String,
         /// Why.
         reason: String,
@@ -124,6 +124,10 @@ impl Error {
     pub fn invalid_file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Self::InvalidFile { path: path.into(), reason: reason.into() }
     }
+    /// An [`Error::Prompt`] of a prompt that may be long: its beginning is shown.
+    pub fn prompt(prompt: &str, reason: impl Into<String>) -> Self {
+        Self::Prompt { prompt: shortened(prompt), reason: reason.into() }
+    }
     /// An [`Error::InvalidOption`].
     pub fn option(name: impl Into<String>, value: impl ToString, reason: impl Into<String>) -> Self {
         Self::InvalidOption { name: name.into(), value: value.to_string(), reason: reason.into() }
@@ -132,5 +136,26 @@ impl Error {
     pub fn faulty_method(method: impl Into<String>, reason: impl std::fmt::Display) -> Self {
         let reason = format!("{reason}: report it to the method's author, and use another one meanwhile");
         Self::Method { method: method.into(), reason, fault: MethodFault::Failed }
+    }
+}
+
+/// The beginning of a text for a message in one line.
+pub(crate) fn shortened(text: &str) -> String {
+    const CHARS_MAX: usize = 80;
+    match text.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_prompt_is_shown_by_its_beginning() {
+        let message = Error::prompt(&"\u{1}".repeat(65_536), "it is too long").to_string();
+        assert_eq!(message, format!("prompt \"{}...\": it is too long", "\\u{1}".repeat(80)));
+        assert_eq!(Error::prompt("a dog", "no").to_string(), "prompt \"a dog\": no");
     }
 }

@@ -132,7 +132,7 @@ impl From<PluginError> for Error {
         let kind = match &error {
             PluginError::Unknown { .. } => Kind::PluginNotFound,
             PluginError::Incompatible { .. } => Kind::PluginIncompatible,
-            PluginError::Quarantined { .. } => Kind::PluginQuarantined,
+            PluginError::Quarantined { .. } | PluginError::Disabled { .. } => Kind::PluginQuarantined,
             PluginError::Crashed { .. } => Kind::PluginCrashed,
             PluginError::Settings { .. } => Kind::InvalidOption,
             PluginError::Host { .. } => Kind::Failed,

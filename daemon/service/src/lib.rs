@@ -7,6 +7,7 @@
 pub mod authority;
 pub mod catalogue;
 pub mod config;
+pub mod cut;
 pub mod daemon;
 pub mod dbus;
 pub mod error;

@@ -19,8 +19,7 @@ pub fn write(folder: &Path, out: &File, goes_on: &dyn Fn() -> bool) -> Result<(u
         _ => Error::failed(format!("out: {e}")),
     };
     // A client that does not read must not hold this thread for ever.
-    let flags = fcntl_getfl(out).map_err(|e| fail(&e.into()))?;
-    fcntl_setfl(out, flags | OFlags::NONBLOCK).map_err(|e| fail(&e.into()))?;
+    let _unblocked = Unblocked::new(out).map_err(|e| fail(&e))?;
     let mut out = Out { file: out, goes_on, bytes: 0 };
     let paths = files(folder)?;
     for path in &paths {
@@ -104,6 +103,29 @@ fn header(name: &str, size: u64, kind: u8) -> [u8; 512] {
     block
 }
 
+/// A file that does not block, until this is dropped: whoever gave it shares its flags.
+struct Unblocked<'a>(Option<&'a File>);
+
+impl<'a> Unblocked<'a> {
+    fn new(file: &'a File) -> io::Result<Self> {
+        let flags = fcntl_getfl(file)?;
+        if flags.contains(OFlags::NONBLOCK) {
+            return Ok(Self(None));
+        }
+        fcntl_setfl(file, flags | OFlags::NONBLOCK)?;
+        Ok(Self(Some(file)))
+    }
+}
+
+impl Drop for Unblocked<'_> {
+    fn drop(&mut self) {
+        if let Some(file) = self.0 {
+            // They may have become others meanwhile; nobody could be told of a failure.
+            let _ = fcntl_getfl(file).and_then(|flags| fcntl_setfl(file, flags - OFlags::NONBLOCK));
+        }
+    }
+}
+
 /// Writes to a descriptor that may not take everything at once.
 struct Out<'a> {
     file: &'a File,
@@ -177,5 +199,10 @@ mod tests {
         let out = File::from(std::os::fd::OwnedFd::from(writer));
         let error = write(folder.path(), &out, &|| since.elapsed().as_millis() < 300).unwrap_err();
         assert_eq!(error.kind, Kind::Cancelled);
+        // Whoever gave it finds it as it was.
+        assert!(!fcntl_getfl(&out).unwrap().contains(OFlags::NONBLOCK));
+        fcntl_setfl(&out, OFlags::NONBLOCK).unwrap();
+        write(folder.path(), &out, &|| false).unwrap_err();
+        assert!(fcntl_getfl(&out).unwrap().contains(OFlags::NONBLOCK));
     }
 }

@@ -111,6 +111,9 @@ async fn drawing(client: &Client) -> Vec<u8> {
     assert_eq!(u32::try_from(details["images"].try_clone().unwrap()), Ok(1));
     assert!(client.get::<bool>(&job, "Job", "ProgressValid").await);
     assert_eq!(client.get::<f64>(&job, "Job", "Progress").await, 1.0);
+    let unknown = (dict([("formats", vec!["jpg".to_owned()].into())]),);
+    let error = client.message(&job, "Job", "TakeResults", &unknown).await.unwrap_err().to_string();
+    assert!(error.contains("option \"formats\": \"jpg\" is not raw, png or artefact"), "{error}");
     let files = client.results(&job).await.unwrap();
     let (raw, png) = (&files[0], &files[1]);
     let number = |info: &Dict, key: &str| u32::try_from(info[key].try_clone().unwrap()).unwrap();
@@ -144,6 +147,9 @@ async fn library_and_sets(client: &Client, plain: &[u8]) {
     let teddy = client.register("teddy").await;
     let count: u64 = client.call(ROOT, "Manager", "CountLibrary", &(Dict::new(),)).await.unwrap();
     assert_eq!(count, 2);
+    let sorted = (dict([("sort", "name".into())]),);
+    let error = client.call::<_, u64>(ROOT, "Manager", "CountLibrary", &sorted).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: unknown option \"sort\""), "{error}");
     let page: Vec<Dict> =
         client.call(ROOT, "Manager", "QueryLibrary", &(dict([("text", "POOD".into())]), 0u32, 10u32)).await.unwrap();
     assert_eq!(page.len(), 1);
@@ -159,6 +165,9 @@ async fn library_and_sets(client: &Client, plain: &[u8]) {
             client.call(&poodle, "Adapter", "Export", &(format, Dict::new())).await.unwrap();
         assert!(!common::read_fd(&files[0].0).is_empty(), "{format}");
     }
+    let words = ("textual-inversion", Dict::new());
+    let error = client.call::<_, Vec<(zbus::OwnedFd, Dict)>>(&poodle, "Adapter", "Export", &words).await.unwrap_err();
+    assert!(error.contains("adapter \"poodle\"") && !error.contains(".safetensors"), "{error}");
 
     let set = client.compose(&[(&poodle, 1.0), (&teddy, 0.8)], Dict::new()).await.unwrap();
     let with = client.draw(&set, small("a <poodle> and a <teddy>", 5)).await.unwrap();
@@ -177,14 +186,22 @@ async fn library_and_sets(client: &Client, plain: &[u8]) {
 
     let report: Dict = client.call(&set, "Composition", "Explain", &(Dict::new(),)).await.unwrap();
     assert_eq!(Vec::<String>::try_from(report["adapters"].try_clone().unwrap()).unwrap(), ["poodle", "teddy"]);
+    // As the description says.
+    for (key, signature) in [("pairs", "a(uuddt)"), ("norms", "ad"), ("sign_conflicts", "d"), ("clashes", "a(uus)")] {
+        assert_eq!(Variant::value_signature(&report[key]).to_string(), signature, "{key}");
+    }
     let swap = |generation: u64| (entries_of(&[(&poodle, 1.0)]), generation, Dict::new());
     let generation: u64 = client.call(&set, "Composition", "Swap", &swap(1)).await.unwrap();
     assert_eq!(generation, 2);
     let error = client.call::<_, u64>(&set, "Composition", "Swap", &swap(1)).await.unwrap_err();
     assert!(error.starts_with("GenerationConflict: "), "{error}");
     let weights = vec![(zbus::ObjectPath::try_from(poodle.clone()).unwrap(), 0.5f64)];
+    let twice = ([weights.clone(), weights.clone()].concat(), Dict::new());
+    let error = client.call::<_, u64>(&set, "Composition", "SetWeights", &twice).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: ") && error.contains("is given twice"), "{error}");
     let generation: u64 = client.call(&set, "Composition", "SetWeights", &(weights, Dict::new())).await.unwrap();
     assert_eq!(generation, 3);
+    strategies(client, &set, &poodle).await;
     client.call::<_, ()>(&set, "Composition", "Close", &()).await.unwrap();
     assert!(client.generate(&set, small("x", 1), Dict::new()).await.unwrap_err().starts_with("InvalidOption: target"));
     let parts = ("blocklora", entries_of(&[(&poodle, 1.0)]), Dict::new());
@@ -194,6 +211,32 @@ async fn library_and_sets(client: &Client, plain: &[u8]) {
     let job: OwnedObjectPath = client.call(ROOT, "Manager", "ValidateLibrary", &(Dict::new(),)).await.unwrap();
     let details = client.wait(job.as_str()).await.unwrap();
     assert_eq!(u64::try_from(details["checked"].try_clone().unwrap()), Ok(2));
+}
+
+/// What of a strategy a swap keeps: all of it, the strategy alone, or nothing.
+async fn strategies(client: &Client, set: &str, adapter: &str) {
+    let swap = async |options: Dict| {
+        let body = (entries_of(&[(adapter, 1.0)]), client.get::<u64>(set, "Composition", "Generation").await, options);
+        client.call::<_, u64>(set, "Composition", "Swap", &body).await
+    };
+    let config = |key: &str, value: f64| Variant::from(dict([(key, value.into())]));
+    let strategy = async || client.get::<String>(set, "Composition", "Strategy").await;
+    swap(dict([("strategy", "task-arithmetic".into()), ("strategy_config", config("lambda", 0.5))])).await.unwrap();
+    assert_eq!(strategy().await, "task-arithmetic");
+    let half = client.draw(set, small("a <poodle>", 5)).await.unwrap();
+    swap(Dict::new()).await.unwrap();
+    assert!(client.draw(set, small("a <poodle>", 5)).await.unwrap() == half, "the settings went");
+    // Settings alone are the strategy's that is there.
+    swap(dict([("strategy_config", config("lambda", 0.25))])).await.unwrap();
+    assert_eq!(strategy().await, "task-arithmetic");
+    let quarter = client.draw(set, small("a <poodle>", 5)).await.unwrap();
+    assert!(quarter != half);
+    let error = swap(dict([("strategy_config", config("clash", 1.0))])).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: ") && error.contains("clash"), "{error}");
+    // A strategy alone has its own defaults.
+    swap(dict([("strategy", "task-arithmetic".into())])).await.unwrap();
+    assert!(client.draw(set, small("a <poodle>", 5)).await.unwrap() != quarter);
+    swap(dict([("strategy", "blocklora".into())])).await.unwrap();
 }
 
 async fn previews_and_cancelling(client: &Client) {
@@ -386,6 +429,25 @@ impl Drop for Process {
         let _ = self.0.borrow_mut().kill();
         let _ = self.0.borrow_mut().wait();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_the_configuration_is_named_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("here.toml"), "[jobs]\nqueue_limit = 9\n").unwrap();
+    let child = Command::new(common::blocklorad())
+        .args(["--bus", "none", "--config", "here.toml", "--socket", "bus", "--state", "state"])
+        .current_dir(dir.path())
+        .spawn();
+    let daemon = Process(RefCell::new(child.unwrap()));
+    let socket = dir.path().join("bus");
+    until("the socket", || async { std::os::unix::net::UnixStream::connect(&socket).is_ok() }).await;
+    let address = format!("unix:path={}", socket.display());
+    let connection = zbus::connection::Builder::address(address.as_str()).p2p().build().await.unwrap();
+    let client = Client { connection, bus: false };
+    let files: Vec<String> = client.get(ROOT, "Manager", "ConfigFiles").await;
+    assert_eq!(files, [dir.path().join("here.toml").display().to_string()]);
+    client.call::<_, ()>(ROOT, "Manager", "Reload", &(Dict::new(),)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

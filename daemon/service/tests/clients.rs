@@ -79,6 +79,24 @@ async fn a_brought_file_counts_whatever_becomes_of_the_librarys() {
     assert!(error.ends_with("is not an adapter"), "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_waits_does_without_no_adapter_that_was_removed() {
+    let daemon = Daemon::start();
+    let client = daemon.client().await;
+    let path = client.register("poodle").await;
+    // Its factors are in memory from here on.
+    draw_with(&client, &path).await.unwrap();
+    let running = client.generate("/", long(900), Dict::new()).await.unwrap();
+    until("the start", || async { client.get::<String>(&running, "Job", "State").await == "running" }).await;
+    let mut params = small("a <poodle>", 5);
+    params.extend(dict([("adapters", Variant::from(entries_of(&[(&path, 1.0)])))]));
+    let waiting = client.generate("/", params, Dict::new()).await.unwrap();
+    client.call::<_, ()>(&path, "Adapter", "Unregister", &(dict([("remove", true.into())]),)).await.unwrap();
+    client.call::<_, ()>(&running, "Job", "Cancel", &("", Dict::new())).await.unwrap();
+    let error = client.wait(&waiting).await.unwrap_err();
+    assert!(error.starts_with("AdapterNotFound: adapter \"poodle\""), "{error}");
+}
+
 /// Sends a call, and does not wait for its answer.
 async fn send<B: serde::Serialize + zbus::DynamicType>(client: &Client, path: &str, member: &str, body: &B) {
     let interface = if path == ROOT { "Manager" } else { "Model" };

@@ -10,7 +10,7 @@ use blocklora_engine::merge::strategy::{AdapterView, Coefficients, Factors, Laye
 use blocklora_engine::sample::{Denoiser, NoiseSchedule, TimestepSpacing};
 use blocklora_engine::{Error, Result};
 use blocklora_sdk::manifest::PluginKind;
-use blocklora_service::plugins::{Isolation, PluginError, State};
+use blocklora_service::plugins::{BY_HAND, Isolation, PluginError, State};
 use serde_json::{Value, json};
 use support::{host, plugins};
 
@@ -216,8 +216,9 @@ fn a_quarantine_holds_until_it_is_lifted_or_the_file_changes() {
     std::fs::remove_file(&library).unwrap();
     std::fs::write(&library, bytes).unwrap();
     again.sampler("ddim", &Value::Null).unwrap();
-    again.set_quarantine(PluginKind::Sample, "ddim", Some("by hand")).unwrap();
-    assert!(again.sampler("ddim", &Value::Null).is_err());
+    again.set_quarantine(PluginKind::Sample, "ddim", Some(BY_HAND)).unwrap();
+    let error = again.sampler("ddim", &Value::Null).map(drop).unwrap_err().to_string();
+    assert!(error.contains("is disabled: enable it with `blocklora plugin quarantine sample-ddim --lift`"), "{error}");
     again.set_quarantine(PluginKind::Sample, "ddim", None).unwrap();
     again.sampler("ddim", &Value::Null).unwrap();
 }

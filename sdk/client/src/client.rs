@@ -277,7 +277,15 @@ impl Client {
 
     /// At most `limit` jobs that `filter` lets through, newest first, after the first `offset`.
     pub async fn jobs(&self, filter: Options, offset: u32, limit: u32) -> Result<Vec<JobEntry>> {
-        read_all(&self.manager().await?.list_jobs(&filter.into_dict(), offset, limit).await?)
+        let (manager, filter) = (self.manager().await?, filter.into_dict());
+        let page = async |done: u32| {
+            let left = limit.saturating_sub(done).min(PAGE);
+            match left {
+                0 => Ok(Vec::new()),
+                left => Ok(manager.list_jobs(&filter, offset.saturating_add(done), left).await?),
+            }
+        };
+        all_pages(page).await
     }
 
     /// Who owns which slots; all bases and partitions where none is given.
@@ -316,7 +324,8 @@ impl Client {
     }
 }
 
-/// Every entry of a list that `page` gives [`PAGE`] entries of, from an offset on.
+/// Every entry of a list that `page` gives at most [`PAGE`] entries of, from an offset on. A page may end early, where its
+/// entries are long.
 async fn all_pages<T>(page: impl AsyncFn(u32) -> Result<Vec<Dict>>) -> Result<Vec<T>>
 where
     T: serde::de::DeserializeOwned,
@@ -324,11 +333,10 @@ where
     let mut entries = Vec::new();
     loop {
         let page = page(entries.len() as u32).await?;
-        let last = page.len() < PAGE as usize;
-        entries.extend(read_all::<T>(&page)?);
-        if last {
+        if page.is_empty() {
             return Ok(entries);
         }
+        entries.extend(read_all::<T>(&page)?);
     }
 }
 

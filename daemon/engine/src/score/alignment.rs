@@ -34,8 +34,8 @@ pub fn text_alignment(prompts: &[Feature], generated: &[Feature]) -> Result<f32>
 pub fn prior_text<'a>(prompt: &str, prefix: &str, class_word: impl Fn(&str) -> Option<&'a str>) -> Result<String> {
     let parsed = Prompt::parse(prompt);
     if let Some(name) = parsed.concepts().find(|name| class_word(name).is_none()) {
-        let reason = format!("no class word is known for <{name}>");
-        return Err(Error::Prompt { prompt: prompt.to_owned(), reason });
+        let reason = format!("no class word is known for <{}>", crate::error::shortened(name));
+        return Err(Error::prompt(prompt, reason));
     }
     Ok(prefix.to_owned() + &parsed.with_words(|name| class_word(name).unwrap_or(name)))
 }

@@ -1,7 +1,7 @@
 //! Prompts that name concepts: "`<milo>` and `<zuko>` on the beach".
 
 use super::Tokenizer;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Piece {
@@ -94,7 +94,7 @@ impl Prompt {
     /// Tokenises it, with a slot for each token of each concept that it names. Fails on a concept that is not among
     /// `concepts`, and on a prompt that is too long.
     pub fn tokenise(&self, tokenizer: &Tokenizer, concepts: &[ConceptSlots]) -> Result<TokenisedPrompt> {
-        let fail = |reason: String| Err(Error::Prompt { prompt: self.text.clone(), reason });
+        let fail = |reason: String| Err(Error::prompt(&self.text, reason));
         let mut ids = vec![tokenizer.begin()];
         let mut slots = Vec::new();
         for piece in &self.pieces {
@@ -104,6 +104,7 @@ impl Prompt {
                     let Some(index) = concepts.iter().position(|concept| concept.name == name) else {
                         let known: Vec<_> = concepts.iter().map(|concept| format!("<{}>", concept.name)).collect();
                         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                        let name = shortened(name);
                         return fail(format!("no concept <{name}> is loaded (loaded: {known})"));
                     };
                     let first: usize = concepts[..index].iter().map(|concept| concept.tokens).sum();

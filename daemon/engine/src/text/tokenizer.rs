@@ -211,7 +211,7 @@ impl Tokenizer {
 
     /// The ids of `text` without begin, end and padding.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let failed = |e: tokenizers::Error| Error::Prompt { prompt: text.to_owned(), reason: e.to_string() };
+        let failed = |e: tokenizers::Error| Error::prompt(text, e.to_string());
         Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
     }
 

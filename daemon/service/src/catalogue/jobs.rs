@@ -3,6 +3,7 @@
 use rusqlite::{params, params_from_iter, types::Value};
 
 use super::Catalogue;
+use crate::cut::{TEXT_BYTES_MAX, cut};
 use crate::error::Result;
 use crate::jobs::Job;
 
@@ -100,7 +101,14 @@ impl Catalogue {
 
     /// A page of the history, newest first.
     pub fn jobs(&self, filter: &JobFilter, offset: u32, limit: u32) -> Result<Vec<JobEntry>> {
-        let mut sql = "SELECT * FROM jobs WHERE 1".to_owned();
+        // Earlier releases kept texts whole, however long.
+        let text = |column: &str| format!("substr({column}, 1, {TEXT_BYTES_MAX})");
+        let mut sql = format!(
+            "SELECT id, kind, state, priority, uid, {}, created_usec, started_usec, finished_usec, error, {}, spec \
+             FROM jobs WHERE 1",
+            text("description"),
+            text("message")
+        );
         let mut values: Vec<Value> = Vec::new();
         for (column, value) in [("state", &filter.state), ("kind", &filter.kind)] {
             if let Some(value) = value {
@@ -123,12 +131,12 @@ impl Catalogue {
                     state: row.get(2)?,
                     priority: row.get(3)?,
                     uid: row.get(4)?,
-                    description: row.get(5)?,
+                    description: cut(&row.get::<_, String>(5)?, TEXT_BYTES_MAX).into_owned(),
                     created_usec: row.get::<_, i64>(6)? as u64,
                     started_usec: row.get::<_, i64>(7)? as u64,
                     finished_usec: row.get::<_, i64>(8)? as u64,
                     error: row.get(9)?,
-                    message: row.get(10)?,
+                    message: cut(&row.get::<_, String>(10)?, TEXT_BYTES_MAX).into_owned(),
                     spec: row.get(11)?,
                 })
             })?;
@@ -143,5 +151,35 @@ impl Catalogue {
         list.extend(self.jobs(&of("running"), 0, 100_000)?);
         list.sort_by_key(|job| job.created_usec);
         Ok(list)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn long_texts_of_an_earlier_release_are_cut_where_they_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        let entry = JobEntry {
+            id: "1j1".into(),
+            kind: "generate".into(),
+            state: "failed".into(),
+            priority: "normal".into(),
+            uid: 1,
+            description: "ü".repeat(64 << 10),
+            created_usec: 1,
+            started_usec: 2,
+            finished_usec: 3,
+            error: "x".into(),
+            message: "m".repeat(400_000),
+            spec: None,
+        };
+        catalogue.put_jobs(&[entry], 9).unwrap();
+        let jobs = catalogue.jobs(&JobFilter::default(), 0, 9).unwrap();
+        assert_eq!((jobs[0].description.len(), jobs[0].message.len()), (TEXT_BYTES_MAX - 1, TEXT_BYTES_MAX));
+        assert!(jobs[0].description.ends_with("ü...") && jobs[0].message.ends_with("m..."));
     }
 }

@@ -4,6 +4,7 @@ use blocklora_spec::{Partition, Scheme};
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::{Catalogue, scheme_from_name, scheme_name};
+use crate::cut::{NAME_BYTES_MAX, cut};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::now_usec;
 
@@ -16,7 +17,7 @@ pub struct Lease {
     pub base_digest: String,
     /// Which slot of which division.
     pub partition: Partition,
-    /// What for.
+    /// What for; cut where an earlier release kept a long one.
     pub name: String,
     /// Who has it.
     pub uid: u32,
@@ -86,7 +87,7 @@ impl SlotEntry {
                 id: row.get(8)?,
                 base_digest: base_digest.clone(),
                 partition,
-                name: row.get(6)?,
+                name: cut(&row.get::<_, String>(6)?, NAME_BYTES_MAX).into_owned(),
                 uid: row.get(9)?,
                 expires_usec: row.get::<_, i64>(10)? as u64,
             }),
@@ -110,10 +111,16 @@ fn drop_expired(transaction: &Transaction) -> rusqlite::Result<()> {
 fn holder(transaction: &Transaction, base: &str, partition: &Partition) -> rusqlite::Result<Option<String>> {
     let key = params![base, scheme_name(partition.scheme), partition.capacity, partition.seed as i64, partition.slot];
     const WHERE: &str = "base_digest = ? AND scheme = ? AND capacity = ? AND partition_seed = ? AND slot = ?";
-    let lease = transaction.query_row(&format!("SELECT name, uid FROM leases WHERE {WHERE}"), key, |row| {
-        let (name, uid): (String, u32) = (row.get(0)?, row.get(1)?);
-        Ok(if name.is_empty() { format!("a lease of user {uid}") } else { format!("the lease {name:?} of user {uid}") })
-    });
+    let lease =
+        transaction.query_row(&format!("SELECT substr(name, 1, 65), uid FROM leases WHERE {WHERE}"), key, |row| {
+            let (name, uid): (String, u32) = (row.get(0)?, row.get(1)?);
+            let name = cut(&name, NAME_BYTES_MAX);
+            Ok(if name.is_empty() {
+                format!("a lease of user {uid}")
+            } else {
+                format!("the lease {name:?} of user {uid}")
+            })
+        });
     if let Some(lease) = lease.optional()? {
         return Ok(Some(lease));
     }
@@ -185,7 +192,7 @@ impl Catalogue {
 
     /// The lease `id`.
     pub fn find_lease(&self, id: &str) -> Result<Lease> {
-        let sql = "SELECT base_digest, scheme, capacity, partition_seed, slot, 0, name, '', id, uid, expires_usec \
+        let sql = "SELECT base_digest, scheme, capacity, partition_seed, slot, 0, substr(name, 1, 65), '', id, uid, expires_usec \
                    FROM leases WHERE id = ? AND (expires_usec = 0 OR expires_usec >= ?)";
         let entry = self.with(|c| c.query_row(sql, params![id, now_usec() as i64], SlotEntry::from_row).optional())?;
         match entry.map(|entry| entry.holder) {
@@ -209,7 +216,8 @@ impl Catalogue {
     /// A page of the owned slots, by model, division and slot; of one slot leases first, then adapters.
     pub fn slots(&self, filter: &SlotFilter, offset: u32, limit: u32) -> Result<Vec<SlotEntry>> {
         let sql = "SELECT * FROM ( \
-                     SELECT base_digest, scheme, capacity, partition_seed AS seed, slot, 0 AS is_adapter, name, \
+                     SELECT base_digest, scheme, capacity, partition_seed AS seed, slot, 0 AS is_adapter, \
+                       substr(name, 1, 65) AS name, \
                        '' AS digest, id, uid, expires_usec FROM leases WHERE expires_usec = 0 OR expires_usec >= ?1 \
                      UNION ALL \
                      SELECT base_digest, scheme, capacity, CASE scheme WHEN 'permuted' THEN partition_seed ELSE 0 END, \
@@ -271,6 +279,21 @@ mod tests {
         let seed = Partition { seed: 1, ..PARTITION };
         let other = Partition { capacity: 4, ..PARTITION };
         assert_eq!((of(Some("base"), None), of(Some("base"), Some(seed)), of(None, Some(other))), (3, 3, 0));
+    }
+
+    #[test]
+    fn a_long_name_of_an_earlier_release_is_cut_where_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        let name = "ü".repeat(1 << 20);
+        let claim = Claim { training: None, name: &name, uid: 7, expires_usec: 0 };
+        let id = catalogue.lease("base", &PARTITION, Some(1), &claim).unwrap().id;
+        let shown = format!("{}...", "ü".repeat(30));
+        assert_eq!(catalogue.find_lease(&id).unwrap().name, shown);
+        let slots = catalogue.slots(&SlotFilter::default(), 0, 9).unwrap();
+        assert!(matches!(&slots[0].holder, Holder::Lease(lease) if lease.name == shown), "{:?}", slots[0]);
+        let error = catalogue.lease("base", &PARTITION, Some(1), &claim).unwrap_err();
+        assert_eq!(error.message, format!("slot 1 belongs to the lease {shown:?} of user 7; choose another one"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod clients;
 mod loose;
+mod results;
 mod trainings;
 
 use std::collections::{HashMap, HashSet};
@@ -203,7 +204,8 @@ impl Daemon {
         let properties = object.properties(self);
         self.hub.added(path, &object, &properties);
         lock(&self.told).insert(path.to_owned(), properties);
-        lock(&self.objects).insert(path.to_owned(), object);
+        lock(&self.objects).insert(path.to_owned(), object.clone());
+        self.touch_sets_with(&object);
     }
 
     /// Takes an object away.
@@ -212,7 +214,26 @@ impl Daemon {
         lock(&self.told).remove(path);
         lock(&self.touched).remove(path);
         self.hub.removed(path, &object);
+        self.touch_sets_with(&object);
         Some(object)
+    }
+
+    /// Compositions name the objects of their adapters: where one comes or goes, they change.
+    fn touch_sets_with(&self, object: &Object) {
+        let Object::Adapter(adapter) = object else { return };
+        for (path, object) in self.objects() {
+            if let Object::Composition(set) = object
+                && set.content().0.entries.iter().any(|entry| entry.digest == adapter.entry.digest)
+            {
+                self.touch(&path);
+            }
+        }
+    }
+
+    /// The root's properties are what they are from now on: its changes are told, as those of all others are.
+    pub fn complete(&self) {
+        let properties = Object::Manager.properties(self);
+        lock(&self.told).insert(ROOT.to_owned(), properties);
     }
 
     /// The properties of the object at `path` may have changed.
@@ -344,6 +365,8 @@ impl Daemon {
         if runs {
             running.push(job.clone());
         }
+        // One less waits.
+        self.touch(ROOT);
     }
 
     /// Jobs that run now; one that let others go first is among them.
@@ -434,25 +457,5 @@ impl Daemon {
             self.note_activity();
         }
         lock(&self.last_activity).elapsed()
-    }
-
-    /// Takes the history's entry of finished jobs that are kept no longer out of the objects.
-    pub fn expire_jobs(&self) {
-        let jobs = self.config().jobs.clone();
-        let mut finished: Vec<Arc<Job>> =
-            self.jobs().into_iter().filter(|j| j.status(|s| s.state.is_final())).collect();
-        finished.sort_by_key(|job| job.status(|s| s.finished_usec));
-        let mut bytes: u64 = finished.iter().map(|job| job.result_bytes()).sum();
-        let mut count = finished.len();
-        let oldest = now_usec().saturating_sub(jobs.results_keep_sec.saturating_mul(1_000_000));
-        for job in finished {
-            let old = job.status(|s| s.finished_usec) < oldest;
-            if !old && count <= jobs.results_keep_max && bytes <= jobs.results_keep_bytes {
-                break;
-            }
-            bytes -= job.result_bytes();
-            count -= 1;
-            self.remove_object(&job.path);
-        }
     }
 }

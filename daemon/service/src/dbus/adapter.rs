@@ -28,7 +28,12 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, met
             let (format, options): (String, Dict) = call.args()?;
             no_options(options)?;
             call.authorize("generate").await?;
-            let files = call.blocking(move |daemon| export_files(daemon, &digest, &format)).await?;
+            let files = call
+                .blocking(move |daemon| {
+                    let files = export_files(daemon, &digest, &format);
+                    files.map_err(|error| without_path(daemon, &digest, error))
+                })
+                .await?;
             call.reply(method, &files)
         }
         "Unregister" => {
@@ -47,6 +52,13 @@ pub async fn answer(call: &Call, adapter: &Arc<AdapterObject>, member: &str, met
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
     }
+}
+
+/// An error that calls the adapter by its name: where the daemon has the file is nobody else's matter.
+fn without_path(daemon: &Daemon, digest: &str, error: Error) -> Error {
+    let path = daemon.catalogue.adapter_path(digest).display().to_string();
+    let name = daemon.find_adapter(digest).map_or_else(|_| digest.to_owned(), |entry| entry.name);
+    Error { message: error.message.replace(&path, &format!("adapter {name:?}")), ..error }
 }
 
 fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {

@@ -10,11 +10,15 @@ use zbus::{DynamicType, Message, Type};
 use super::interfaces::{self, Method};
 use super::peer::{Peer, PeerKind};
 use super::value::{Dict, Options};
-use super::{adapter, bus_api, composition, job, library, manager, model, plugin, standard};
+use super::{MESSAGE_BYTES_MAX, adapter, bus_api, composition, job, library, manager, model, plugin, standard};
+use crate::cut::{TEXT_BYTES_MAX, cut};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::jobs::{Lifetime, Owner, Priority, Ticket};
 use crate::objects::Object;
+
+/// Bytes of an error's text.
+const ERROR_BYTES_MAX: usize = 4 * TEXT_BYTES_MAX;
 
 /// Who makes a call.
 #[derive(Clone)]
@@ -79,9 +83,11 @@ pub fn error_reply(peer: &Peer, message: &Message, refusal: Refusal) -> Option<M
     if !wants_reply(message) {
         return None;
     }
+    // Many an error shows what is wrong, and that may be as long as a message.
+    let text = cut(&refusal.message, ERROR_BYTES_MAX);
     let header = message.header();
     let builder = peer.signed(Message::error(&header, refusal.name.as_str()));
-    let reply = builder.build(&(refusal.message.as_str(),));
+    let reply = builder.build(&(text.as_ref(),));
     reply.inspect_err(|error| tracing::error!("cannot build the error {}: {error}", refusal.name)).ok()
 }
 
@@ -183,6 +189,13 @@ impl Call {
         let builder = self.caller.peer.signed(Message::method_return(&header));
         let reply = builder.build(body).map_err(fail)?;
         let member = header.member().map(|m| m.to_string()).unwrap_or_default();
+        let bytes = reply.data().len();
+        if bytes > MESSAGE_BYTES_MAX {
+            // A bus disconnects who sends what is too large, and the daemon would end.
+            let message =
+                format!("{member}: the reply has {bytes} bytes, at most {MESSAGE_BYTES_MAX} are allowed; ask for less");
+            return Err(Refusal::bus("LimitsExceeded", message));
+        }
         interfaces::check_reply(&member, &method.gives, &reply.body().signature().to_string_no_parens())?;
         Ok(reply)
     }

@@ -30,10 +30,11 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
             options.finish()?;
             let list = list.into_iter().map(|(path, o)| (path.as_str().to_owned(), Options::new(o))).collect();
             let entries = entries_of(call, list).await?;
+            // Settings are a strategy's: without one, they are given for the one that is there.
             let (strategy, config) = match (strategy, config) {
-                (None, None) => {
-                    let before = composition.content();
-                    (Some(before.0.strategy.clone()), Some(before.0.strategy_config.clone()))
+                (None, config) => {
+                    let before = composition.content().0.clone();
+                    (Some(before.strategy), Some(config.unwrap_or(before.strategy_config)))
                 }
                 given => given,
             };
@@ -51,7 +52,10 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
             let wanted = options.u64("if_generation")?;
             options.finish()?;
             let (mut set, before) = composition.content().clone();
-            for (path, weight) in &weights {
+            for (at, (path, weight)) in weights.iter().enumerate() {
+                if weights[..at].iter().any(|(other, _)| other == path) {
+                    return Err(Error::option(format!("{} is given twice; give it once", path.as_str())).into());
+                }
                 let Some(Object::Adapter(adapter)) = call.daemon.object(path.as_str()) else {
                     return Err(Error::option(format!("{} is not an adapter", path.as_str())).into());
                 };
@@ -132,10 +136,8 @@ fn explain(daemon: &Daemon, set: &Set, with_layers: bool) -> Result<Dict> {
     let factors: Vec<_> = factors.iter().map(|factors| &**factors).collect();
     let report = conflicts::conflicts(&factors)?;
     let known = set.entries.iter().map(|e| daemon.find_adapter(&e.digest)).collect::<Result<Vec<_>>>()?;
-    let pair = |p: &conflicts::Pair| {
-        (p.one as u32, p.other as u32, p.cosine, p.sign_conflicts, u32::try_from(p.shared_rows).unwrap_or(u32::MAX))
-    };
-    let pairs: Vec<(u32, u32, f64, f64, u32)> = report.overall.pairs.iter().map(pair).collect();
+    let pair = |p: &conflicts::Pair| (p.one as u32, p.other as u32, p.cosine, p.sign_conflicts, p.shared_rows as u64);
+    let pairs: Vec<(u32, u32, f64, f64, u64)> = report.overall.pairs.iter().map(pair).collect();
     let mut info = dict([
         ("adapters", strings(&report.adapters)),
         ("norms", own(Variant::from(report.overall.norms.clone()))),

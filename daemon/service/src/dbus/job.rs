@@ -8,6 +8,7 @@ use zbus::OwnedFd;
 use super::call::{Answer, Call, Refusal, no_options};
 use super::interfaces::Method;
 use super::value::{Dict, Options};
+use crate::cut::{NAME_BYTES_MAX, cut};
 use crate::error::{Error, Kind};
 use crate::jobs::{Job, Stop};
 
@@ -52,6 +53,12 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
             let formats = options.strings("formats")?.unwrap_or_default();
             let offset = options.u32("offset")?.unwrap_or(0) as usize;
             options.finish()?;
+            if let Some(unknown) = formats.iter().find(|f| !["raw", "png", "artefact"].contains(&f.as_str())) {
+                let unknown = cut(unknown, NAME_BYTES_MAX);
+                return Err(
+                    Error::option(format!("option \"formats\": {unknown:?} is not raw, png or artefact")).into()
+                );
+            }
             call.authorize_owner(job.owner.uid).await?;
             match job.outcome() {
                 None => {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rusqlite::types::Value as Column;
+use zbus::wire::serialized::Context;
+use zbus::wire::{LE, serialized_size};
 use zbus::{OwnedFd, Variant};
 
 use super::call::{Answer, Call, Refusal, no_options};
@@ -22,6 +24,8 @@ use crate::objects::{AdapterObject, ModelObject, ModelState, Object, object_path
 
 /// Entries of one page.
 const PAGE_MAX: u32 = 1000;
+/// Bytes of one page: many clients may ask for one at once.
+const PAGE_BYTES_MAX: usize = 1 << 20;
 
 /// Answers a call.
 pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
@@ -56,10 +60,13 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
             let filter = filter_of(filter)?;
             check_page(limit)?;
             let page = call.blocking(move |daemon| daemon.catalogue.adapters(&filter, offset, limit)).await?;
-            call.reply(method, &page.iter().map(entry_dict).collect::<Vec<Dict>>())
+            call.reply(method, &page_of(page.iter().map(entry_dict)))
         }
         "CountLibrary" => {
             let filter = filter_of(call.args::<Dict>()?)?;
+            if filter.sort.is_some() {
+                return Err(Error::option("unknown option \"sort\": a number has no order").into());
+            }
             let count = call.blocking(move |daemon| daemon.catalogue.count_adapters(&filter)).await?;
             call.reply(method, &count)
         }
@@ -91,7 +98,7 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
             filter.finish()?;
             let filter = SlotFilter { base_digest, partition };
             let page = call.blocking(move |daemon| daemon.catalogue.slots(&filter, offset, limit)).await?;
-            call.reply(method, &page.iter().map(slot_dict).collect::<Vec<Dict>>())
+            call.reply(method, &page_of(page.iter().map(slot_dict)))
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
     }
@@ -102,6 +109,19 @@ fn check_page(limit: u32) -> Result<()> {
         0..=PAGE_MAX => Ok(()),
         _ => Err(Error::option(format!("limit = {limit}: at most {PAGE_MAX}"))),
     }
+}
+
+/// As many of `entries` as one message should carry; the rest is the next page's.
+fn page_of(entries: impl Iterator<Item = Dict>) -> Vec<Dict> {
+    let mut bytes = 0;
+    let fits = |entry: &Dict| {
+        // One entry always, or nobody would ever come past it.
+        let is_first = bytes == 0;
+        // What cannot be measured cannot be sent either, which the reply says.
+        bytes += serialized_size(Context::new(LE, 0), entry).map_or(1, |size| *size);
+        is_first || bytes <= PAGE_BYTES_MAX
+    };
+    entries.take_while(fits).collect()
 }
 
 /// Shows an adapter as an object, for a user if one asked for it; its path.
@@ -278,7 +298,7 @@ async fn list_jobs(call: &Call, method: &Method) -> Answer {
             job.extend(dict([("description", own("")), ("message", own(""))]));
         }
     }
-    call.reply(method, &page)
+    call.reply(method, &page_of(page.into_iter()))
 }
 
 fn job_dict(job: &Job) -> Dict {
@@ -372,5 +392,21 @@ impl Daemon {
                 self.add_model(id, path.clone(), true, entry);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_ends_where_a_message_should_and_never_before_its_first_entry() {
+        let entry = |bytes: usize| dict([("text", own("x".repeat(bytes)))]);
+        assert_eq!(page_of((0..1000).map(|_| entry(500))).len(), 1000);
+        let page = page_of((0..1000).map(|_| entry(10_000)));
+        assert!((100..105).contains(&page.len()), "{}", page.len());
+        assert_eq!(page_of([entry(2 * PAGE_BYTES_MAX), entry(1)].into_iter()).len(), 1);
+        assert_eq!(page_of([entry(1), entry(2 * PAGE_BYTES_MAX)].into_iter()).len(), 1);
+        assert!(page_of(std::iter::empty()).is_empty());
     }
 }

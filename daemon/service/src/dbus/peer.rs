@@ -4,26 +4,28 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use zbus::message::{Builder, Type};
 use zbus::{Connection, MatchRule, Message, MessageStream};
 
+use super::MESSAGE_BYTES_MAX;
 use super::call::{self, Call, Caller, Refusal};
+use super::outgoing::{Outgoing, weight};
 use crate::daemon::Daemon;
 use crate::error::Error;
 
 /// The daemon's own unique name on the socket.
 pub const OWN_NAME: &str = ":peer.0";
 
-/// Messages that may be on their way to one client. One that does not read them is disconnected, as a bus does.
-const OUTGOING_MAX: usize = 16_384;
-/// How long one message may take to leave.
+/// How long a message may take to leave. A client that does not read is disconnected then, as by a bus.
 const SEND_PATIENCE: Duration = Duration::from_secs(30);
+/// What one client's unanswered calls may weigh before no more of them are read.
+const INCOMING_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 
 /// What is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +53,14 @@ pub struct Peer {
     pub kind: PeerKind,
     /// The connection.
     pub connection: Connection,
-    outgoing: mpsc::Sender<Message>,
+    outgoing: Outgoing,
     closing: Notify,
     rules: Mutex<Vec<(String, MatchRule<'static>)>>,
+    /// Unanswered calls, and what they weigh.
     calls: AtomicUsize,
+    incoming: AtomicUsize,
+    /// A call's place is free.
+    freed: Notify,
     /// On a bus: its clients by unique name; none while the bus is asked who that is.
     callers: Mutex<HashMap<String, Option<(u32, u32)>>>,
 }
@@ -63,52 +69,36 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes its place in the client's share of unanswered calls, and gives it back.
-struct Place(Arc<Peer>);
+/// A call's place among those of its client that are unanswered; given back when the answer has left.
+pub struct Place {
+    peer: Arc<Peer>,
+    weight: usize,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+        self.peer.calls.fetch_sub(1, Ordering::AcqRel);
+        self.peer.incoming.fetch_sub(self.weight, Ordering::AcqRel);
+        self.peer.freed.notify_waiters();
     }
 }
 
 impl Peer {
     /// A connection, and the task that writes to it.
     pub fn new(id: u64, name: String, kind: PeerKind, connection: Connection) -> Arc<Self> {
-        let (outgoing, mut receiver) = mpsc::channel::<Message>(OUTGOING_MAX);
-        let (rules, callers) = Default::default();
-        let peer = Self {
-            id,
-            name,
-            kind,
-            connection: connection.clone(),
-            outgoing,
-            closing: Notify::new(),
-            rules,
-            calls: AtomicUsize::new(0),
-            callers,
-        };
-        let peer = Arc::new(peer);
-        let weak = Arc::downgrade(&peer);
-        tokio::spawn(async move {
-            while let Some(message) = receiver.recv().await {
-                match tokio::time::timeout(SEND_PATIENCE, connection.send(&message)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => {
-                        // A body that cannot be sent is one message's fault; a broken connection is noticed by its reader.
-                        tracing::debug!("cannot send: {error}");
-                    }
-                    Err(_) => {
-                        if let Some(peer) = weak.upgrade() {
-                            tracing::warn!("client {} does not read: disconnected", peer.name);
-                            peer.close();
-                        }
-                        break;
-                    }
+        Arc::new_cyclic(|weak: &Weak<Self>| {
+            let weak = weak.clone();
+            let give_up = move || {
+                if let Some(peer) = weak.upgrade() {
+                    tracing::warn!("client {} does not read: disconnected", peer.name);
+                    peer.close();
                 }
-            }
-        });
-        peer
+            };
+            let outgoing = Outgoing::new(connection.clone(), SEND_PATIENCE, give_up);
+            let (closing, rules, callers) = Default::default();
+            let (calls, incoming, freed) = Default::default();
+            Self { id, name, kind, connection, outgoing, closing, rules, calls, incoming, freed, callers }
+        })
     }
 
     /// A message with its sender, which a bus adds by itself.
@@ -145,6 +135,11 @@ impl Peer {
     /// Adds a match rule.
     pub fn add_rule(&self, text: &str) -> Result<(), Refusal> {
         const RULES_MAX: usize = 256;
+        const RULE_BYTES_MAX: usize = 1024;
+        if text.len() > RULE_BYTES_MAX {
+            let message = format!("a match rule of {} bytes, at most {RULE_BYTES_MAX} are allowed", text.len());
+            return Err(Refusal::bus("LimitsExceeded", message));
+        }
         let invalid = |e: zbus::Error| Refusal::bus("MatchRuleInvalid", format!("{text:?}: {e}"));
         let rule = MatchRule::try_from(text).map_err(invalid)?.into_owned();
         // A name on this socket is always the daemon's own.
@@ -165,17 +160,29 @@ impl Peer {
         Ok(())
     }
 
-    /// Sends a signal; a client whose messages pile up is disconnected.
+    /// Sends a signal; a client whose signals pile up is disconnected.
     pub fn post(&self, message: &Message) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.outgoing.try_send(message.clone()) {
-            tracing::warn!("client {}: {OUTGOING_MAX} messages are not read: disconnected", self.name);
+        if !self.outgoing.signal(message) {
+            tracing::warn!("client {}: its signals pile up: disconnected", self.name);
             self.close();
         }
     }
 
-    async fn reply(&self, message: Message) {
-        // It fails only when the connection has ended.
-        let _ = self.outgoing.send(message).await;
+    /// Waits until one more call may be read: who does not read the answers, or sends more than is answered, waits.
+    async fn room(&self) {
+        self.outgoing.room().await;
+        // All clients of a bus share its connection.
+        let most = if self.name.is_empty() { INCOMING_MAX.saturating_mul(8) } else { INCOMING_MAX };
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            // From here on nothing is missed.
+            freed.as_mut().enable();
+            if self.incoming.load(Ordering::Acquire) <= most {
+                return;
+            }
+            freed.await;
+        }
     }
 
     /// Whether the client is at the other end, or on this bus.
@@ -192,8 +199,12 @@ impl Peer {
     pub async fn serve(self: Arc<Self>, daemon: Arc<Daemon>, mut stream: MessageStream) {
         daemon.hub.add(self.clone());
         loop {
+            let next = async {
+                self.room().await;
+                stream.next().await
+            };
             let next = tokio::select! {
-                next = stream.next() => next,
+                next = next => next,
                 () = self.closing.notified() => None,
             };
             let message = match next {
@@ -223,14 +234,16 @@ impl Peer {
     }
 
     async fn handle(self: Arc<Self>, daemon: &Arc<Daemon>, message: Message) {
-        let place = Place(self.clone());
+        let weight = weight(&message);
+        let place = Place { peer: self.clone(), weight };
+        self.incoming.fetch_add(weight, Ordering::AcqRel);
         let most = daemon.config().limits.calls_per_client_max;
-        // All clients of a bus share its connection.
+        // As in `room`.
         let most = if self.name.is_empty() { most.saturating_mul(64) } else { most };
         if self.calls.fetch_add(1, Ordering::AcqRel) >= most {
             let refusal = Refusal::bus("LimitsExceeded", format!("{most} calls are unanswered already"));
             if let Some(reply) = call::error_reply(&self, &message, refusal) {
-                self.reply(reply).await;
+                self.outgoing.reply(reply, None);
             }
             return;
         }
@@ -250,14 +263,13 @@ impl Peer {
             }
         });
         match futures_util::poll!(&mut answer) {
-            Poll::Ready(Some(reply)) => self.reply(reply).await,
+            Poll::Ready(Some(reply)) => self.outgoing.reply(reply, Some(place)),
             Poll::Ready(None) => {}
             Poll::Pending => {
                 tokio::spawn(async move {
                     if let Some(reply) = answer.await {
-                        self.reply(reply).await;
+                        self.outgoing.reply(reply, Some(place));
                     }
-                    drop(place);
                 });
             }
         }

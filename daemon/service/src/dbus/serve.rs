@@ -1,9 +1,12 @@
 //! Where clients come from: a message bus, and the socket.
 
+use std::fs::File;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::net::{UnixListener, UnixStream};
 use zbus::connection::Builder;
 use zbus::fdo::{RequestNameFlags, RequestNameReply};
@@ -11,12 +14,16 @@ use zbus::{Connection, Guid};
 
 use super::bus_api::NAME;
 use super::peer::{Peer, PeerKind};
+use super::stream::ClientStream;
 use crate::config::Bus;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 
 /// How long a client may take to say who it is.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Calls of a client that have arrived and are not looked at yet; more stay in its socket.
+const CALLS_QUEUED_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
 
 static NEXT_PEER: AtomicU64 = AtomicU64::new(1);
 
@@ -58,12 +65,18 @@ pub async fn on_bus(daemon: &Arc<Daemon>, bus: Bus) -> Result<Option<Connection>
 pub async fn on_socket(daemon: Arc<Daemon>, listener: UnixListener) {
     let guid = zbus::OwnedGuid::from(Guid::generate());
     let open = Arc::new(AtomicUsize::new(0));
+    // A descriptor for when there are no others.
+    let mut spare = File::open("/dev/null").ok();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, most likely: it passes.
+                // Out of descriptors, most likely: it passes. Who connects meanwhile is turned away, not left waiting.
                 tracing::warn!("socket: {error}");
+                if spare.take().is_some() {
+                    drop(listener.accept().now_or_never());
+                }
+                spare = File::open("/dev/null").ok();
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -93,8 +106,8 @@ async fn serve_client(daemon: Arc<Daemon>, stream: UnixStream, guid: zbus::Owned
     let credentials = stream.peer_cred().map_err(|e| Error::io("credentials of a client", &e))?;
     let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
     let kind = PeerKind::Socket { uid: credentials.uid(), pid };
-    let stream = stream.into_std().map_err(|e| Error::io("socket", &e))?;
-    let handshake = Builder::unix_stream(stream).server(guid).p2p().build_message_stream();
+    let builder = Builder::socket(ClientStream(stream)).user_id(credentials.uid()).server(guid).p2p();
+    let handshake = builder.max_queued(CALLS_QUEUED_MAX).build_message_stream();
     let stream = tokio::time::timeout(HANDSHAKE_PATIENCE, handshake).await;
     let stream = stream.map_err(|_| Error::new(Kind::TimedOut, "a client did not say who it is"))??;
     let id = NEXT_PEER.fetch_add(1, Ordering::Relaxed);

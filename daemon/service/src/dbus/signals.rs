@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zbus::Message;
 
+use super::MESSAGE_BYTES_MAX;
 use super::peer::{Peer, PeerKind};
 use super::value::{Dict, clone_dict};
 use crate::objects::{Object, ROOT, object_path};
@@ -77,6 +78,11 @@ impl Hub {
             if message.is_none() {
                 let builder = peer.signed(Message::signal(path, interface, member));
                 match builder.build(&body(texts)) {
+                    // As for replies.
+                    Ok(new) if new.data().len() > MESSAGE_BYTES_MAX => {
+                        let bytes = new.data().len();
+                        return tracing::error!("signal {member} of {path}: {bytes} bytes are too many: not sent");
+                    }
                     Ok(new) => *message = Some(new),
                     Err(error) => return tracing::error!("signal {member} of {path}: {error}"),
                 }

@@ -1,6 +1,6 @@
 //! org.blocklora.Daemon1.Manager: who owns which slots.
 
-use blocklora_spec::{Partition, Scheme};
+use blocklora_spec::{NAME_RULE, Partition, Scheme, is_name};
 
 use super::call::{Answer, Call, no_options};
 use super::interfaces::Method;
@@ -8,6 +8,7 @@ use super::manager::default_model;
 use super::value::{Dict, Options};
 use crate::catalogue::leases::Claim;
 use crate::catalogue::scheme_from_name;
+use crate::cut::{NAME_BYTES_MAX, cut};
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::{Job, now_usec};
@@ -62,6 +63,9 @@ pub async fn lease(call: &Call, method: &Method) -> Answer {
     let slot = options.u32("slot")?;
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
     let name = options.string("name")?.unwrap_or_default();
+    if !name.is_empty() && !is_name(&name) {
+        return Err(Error::option(format!("option \"name\": {:?}: it {NAME_RULE}", cut(&name, NAME_BYTES_MAX))).into());
+    }
     let span = options.u64("expires_usec")?.unwrap_or(LEASE_USEC);
     options.finish()?;
     check_slot(&partition, slot)?;

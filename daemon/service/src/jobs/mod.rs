@@ -4,13 +4,15 @@ pub mod previews;
 pub mod queue;
 pub mod work;
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use crate::cut::{TEXT_BYTES_MAX, cut};
 use crate::dbus::value::{Dict, clone_dict};
 use crate::error::{Error, Kind, Result};
 use previews::Previews;
@@ -22,7 +24,7 @@ pub fn now_usec() -> u64 {
 }
 
 /// Who goes first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Priority {
     /// Long work that yields to everything.
     Background,
@@ -197,7 +199,7 @@ pub struct Job {
     pub priority: Priority,
     /// What ends it.
     pub lifetime: Lifetime,
-    /// For people.
+    /// For people, and not as long as a prompt may be.
     pub description: String,
     /// When it was asked for.
     pub created_usec: u64,
@@ -213,6 +215,8 @@ pub struct Job {
     pub previews: Previews,
     status: Mutex<Status>,
     results: Mutex<Vec<ResultFile>>,
+    /// How many files it will have, for as long as it runs.
+    reserved_files: AtomicUsize,
     stop: AtomicU8,
     dirty: AtomicBool,
     done: watch::Sender<bool>,
@@ -233,7 +237,7 @@ impl Job {
             owner: ticket.owner.clone(),
             priority: ticket.priority,
             lifetime: ticket.lifetime,
-            description: work.description(),
+            description: cut(&work.description(), TEXT_BYTES_MAX).into_owned(),
             created_usec: now_usec(),
             created: Instant::now(),
             deadline: ticket.timeout.and_then(|span| Instant::now().checked_add(span)),
@@ -254,6 +258,7 @@ impl Job {
                 pace: None,
             }),
             results: Mutex::default(),
+            reserved_files: AtomicUsize::new(0),
             stop: AtomicU8::new(0),
             dirty: AtomicBool::new(true),
             done: watch::Sender::new(false),
@@ -366,7 +371,12 @@ impl Job {
     }
 
     /// It has ended. Only the first end counts; whether this was it.
-    pub fn finish(&self, outcome: Result<Dict>, results: Vec<ResultFile>) -> bool {
+    pub fn finish(&self, mut outcome: Result<Dict>, results: Vec<ResultFile>) -> bool {
+        if let Err(error) = &mut outcome
+            && let Cow::Owned(shorter) = cut(&error.message, TEXT_BYTES_MAX)
+        {
+            error.message = shorter;
+        }
         let mut status = lock(&self.status);
         if status.state.is_final() {
             return false;
@@ -383,6 +393,8 @@ impl Job {
         status.finished_usec = now_usec();
         status.outcome = Some(outcome);
         *lock(&self.results) = results;
+        // They are counted as kept from here on.
+        self.reserve_files(0);
         drop(status);
         lock(&self.work).take();
         self.dirty.store(true, Ordering::Release);
@@ -433,6 +445,21 @@ impl Job {
             }
         }
         Ok(taken)
+    }
+
+    /// Its files that are kept.
+    pub fn result_files(&self) -> usize {
+        lock(&self.results).len()
+    }
+
+    /// Notes how many files it will have.
+    pub fn reserve_files(&self, files: usize) {
+        self.reserved_files.store(files, Ordering::Release);
+    }
+
+    /// How many files it will have, if that is known.
+    pub fn reserved_files(&self) -> usize {
+        self.reserved_files.load(Ordering::Acquire)
     }
 
     /// Bytes of its files.

@@ -3,7 +3,8 @@
 //! A job below the highest priority that has waited for `jobs.wait_max_sec` is overdue: it goes next, whatever else
 //! waits. Once it runs, others go first between its steps, one at a time, so that both go on under constant load.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -103,7 +104,9 @@ impl Queue {
             let message = format!("{own} jobs of this client are waiting already; wait for some of them");
             return Err(Error::new(Kind::QueueFull, message));
         }
-        inner.waiting.push(job);
+        inner.waiting.push(job.clone());
+        // At once: one that waits has a place. Those behind it learn of theirs with the next look at all.
+        job.set_queue_position(inner.position(&job.id));
         self.changed.notify_all();
         Ok(())
     }
@@ -207,7 +210,7 @@ impl Inner {
         let best = candidates.min_by_key(|(at, job)| match self.is_overdue(job, now) {
             // Whoever waits longest.
             true => (None, 0, *at),
-            false => (Some(std::cmp::Reverse(job.priority)), served(job), *at),
+            false => (Some(Reverse(job.priority)), served(job), *at),
         });
         let at = best?.0;
         let job = self.waiting.remove(at);
@@ -225,26 +228,41 @@ impl Inner {
             && self.wait_max.is_some_and(|most| now.saturating_duration_since(job.created) >= most)
     }
 
-    /// The jobs in the order in which [`Self::take`] would give them if none came.
-    fn order(&self) -> Vec<Arc<Job>> {
-        let mut rounds: BTreeMap<(Priority, &str), u32> = BTreeMap::new();
-        let mut keyed: Vec<_> = Vec::with_capacity(self.waiting.len());
+    /// What the waiting jobs are sorted by for the order in which [`Self::take`] would give them if none came.
+    fn keys(&self) -> Vec<Key> {
+        let mut rounds: HashMap<(Priority, &str), u32> = HashMap::new();
         let now = Instant::now();
+        let mut keys = Vec::with_capacity(self.waiting.len());
         for (at, job) in self.waiting.iter().enumerate() {
             if self.is_overdue(job, now) {
-                keyed.push(((None, 0, 0, at), job.clone()));
+                keys.push((None, 0, 0, at));
                 continue;
             }
             let client = job.owner.client.as_str();
             let round = rounds.entry((job.priority, client)).or_default();
-            let served = self.served.get(client).copied().unwrap_or(0);
-            keyed.push(((Some(std::cmp::Reverse(job.priority)), *round, served, at), job.clone()));
             *round += 1;
+            keys.push((Some(Reverse(job.priority)), *round, self.served.get(client).copied().unwrap_or(0), at));
         }
-        keyed.sort_by_key(|(key, _)| *key);
-        keyed.into_iter().map(|(_, job)| job).collect()
+        keys
+    }
+
+    /// The jobs in that order.
+    fn order(&self) -> Vec<Arc<Job>> {
+        let mut keys = self.keys();
+        keys.sort_unstable();
+        keys.into_iter().map(|(.., at)| self.waiting[at].clone()).collect()
+    }
+
+    /// The place of a waiting job, 1 being the next; 0 if it does not wait.
+    fn position(&self, id: &str) -> u32 {
+        let keys = self.keys();
+        let own = self.waiting.iter().position(|job| job.id == id).and_then(|at| keys.get(at));
+        own.map_or(0, |own| 1 + keys.iter().filter(|key| *key < own).count() as u32)
     }
 }
+
+/// Overdue ones first, then by priority, by the client's turn, by when it was served last, by arrival.
+type Key = (Option<Reverse<Priority>>, u32, u64, usize);
 
 #[cfg(test)]
 mod tests {
@@ -292,6 +310,23 @@ mod tests {
             queue.push(job(id, client, Normal), LIMITS).unwrap();
         }
         assert_eq!(drain(&queue), "gfh");
+    }
+
+    #[test]
+    fn whoever_comes_knows_its_place_at_once() {
+        let queue = Queue::default();
+        use Priority::{Background, Interactive, Normal};
+        for (id, client, priority, place) in [
+            ("a", "x", Normal, 1),
+            ("b", "x", Normal, 2),
+            ("c", "y", Normal, 2),
+            ("d", "x", Background, 4),
+            ("e", "z", Interactive, 1),
+        ] {
+            let job = job(id, client, priority);
+            queue.push(job.clone(), LIMITS).unwrap();
+            assert_eq!(job.status(|s| s.queue_position), place, "{id}");
+        }
     }
 
     #[test]

@@ -215,6 +215,15 @@ impl Work {
         }
     }
 
+    /// The adapters that it merges, if it merges any.
+    pub fn set(&self) -> Option<&Set> {
+        match self {
+            Self::Generate(work) => Some(&work.set),
+            Self::Merge { set, .. } | Self::Bake { set, .. } => Some(set),
+            _ => None,
+        }
+    }
+
     /// What it holds until it is over.
     pub fn held(&self) -> Option<Held> {
         match self {

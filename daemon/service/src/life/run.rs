@@ -44,6 +44,7 @@ pub struct Options {
 /// Runs the daemon until it is told to end.
 /// `methods` are made from the configuration.
 pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>) -> Result<()> {
+    let options = &Options { config: absolute(&options.config)?, ..options.clone() };
     let (config, files) = read_config(options)?;
     // Before any thread and any lock, since another program may go on from here.
     let device = cuda::choose(&config.models.device)?;
@@ -60,6 +61,11 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
     // Nothing that still blocks is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
+}
+
+/// The files as everyone can find them: clients are told of them.
+fn absolute(files: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    files.iter().map(|path| std::path::absolute(path).map_err(|e| Error::io(path.display(), &e))).collect()
 }
 
 /// As many open files as the system allows: every kept result is one.
@@ -154,6 +160,7 @@ async fn live(
     if let Err(error) = recover::recover(&daemon) {
         tracing::error!("what the last daemon left cannot be taken in: {error}");
     }
+    daemon.complete();
     let worker = worker::start(daemon.clone()).map_err(|e| Error::io("cannot start the worker", &e))?;
     let control = tokio::spawn(control::run(daemon.clone(), finished));
 

@@ -34,6 +34,14 @@ pub enum PluginError {
         /// What it did.
         reason: String,
     },
+    /// Somebody wanted it not to be used.
+    #[error(
+        "plugin {name} is disabled: enable it with `blocklora plugin quarantine {name} --lift`, or use another one"
+    )]
+    Disabled {
+        /// `<kind>-<id>`.
+        name: String,
+    },
     /// It crashed, hung or took too much memory just now.
     #[error("plugin {name} {reason}")]
     Crashed {

@@ -12,7 +12,7 @@ use blocklora_spec::Partition;
 use serde_json::{Map, Value, json};
 
 use super::check::{Request, check};
-use super::{Entry, Plugins, State};
+use super::{BY_HAND, Entry, Plugins, State};
 use crate::error::{Error, Kind, Result};
 use crate::methods::{MethodInfo, MethodKind, Methods};
 
@@ -21,9 +21,6 @@ const PARTITION: &str = "partition";
 
 /// How long a list is good for: properties ask for it at every turn.
 const LIST_LIFETIME: Duration = Duration::from_secs(1);
-
-/// The reason of a quarantine that somebody asked for.
-const BY_HAND: &str = "disabled by hand";
 
 impl Plugins {
     fn method_info(&self, entry: &Entry) -> MethodInfo {

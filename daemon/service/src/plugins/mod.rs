@@ -124,6 +124,9 @@ pub enum State {
     Quarantined(String),
 }
 
+/// The reason of a quarantine that somebody asked for.
+pub const BY_HAND: &str = "disabled by hand";
+
 /// One plugin, as it is listed.
 #[derive(Clone, Debug)]
 pub struct Entry {
@@ -353,7 +356,13 @@ impl Plugins {
         let digest = self.digest(found)?;
         let record = self.records.get(&digest);
         if let Some(reason) = record.quarantine {
-            return Err(PluginError::Quarantined { name: found.manifest.full_name(), reason });
+            let name = found.manifest.full_name();
+            let by_hand = reason == BY_HAND;
+            return Err(if by_hand {
+                PluginError::Disabled { name }
+            } else {
+                PluginError::Quarantined { name, reason }
+            });
         }
         let scanned = match record.scanned {
             Some(scanned) if is_of(&scanned, &found.manifest) => scanned,

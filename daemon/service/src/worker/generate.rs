@@ -30,6 +30,7 @@ impl Worker {
         let width = work.width.unwrap_or(latent_width * multiple);
         let height = work.height.unwrap_or(latent_height * multiple);
         self.check_pixels(width, height, work.count)?;
+        self.daemon.reserve_files(job, work.count * (usize::from(work.raw) + usize::from(work.png)))?;
         let adapters: Vec<AdapterUse> = work
             .set
             .entries

@@ -104,6 +104,17 @@ impl Worker {
     }
 
     fn execute(&mut self, job: &Arc<Job>, work: Work) -> Result<Option<(Dict, Vec<ResultFile>)>> {
+        for entry in work.set().iter().flat_map(|set| &set.entries) {
+            // Its factors may be in memory still; whoever took it out of the library did not mean that.
+            self.daemon.find_adapter(&entry.digest).map_err(|error| match error.kind {
+                Kind::AdapterNotFound => {
+                    let message =
+                        format!("adapter {:?} ({:.12}) was removed before the job began", entry.name, entry.digest);
+                    Error::new(Kind::AdapterNotFound, message)
+                }
+                _ => error,
+            })?;
+        }
         let model = work.model().map(str::to_owned);
         if let Some(model) = &model {
             self.residents.hold(job, model, work.precision())?;

@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod hostile;
+pub mod raw;
 pub mod stub;
 
 use std::collections::HashMap;
