@@ -439,7 +439,7 @@ async fn a_file_of_the_configuration_is_named_whole() {
         .args(["--bus", "none", "--config", "here.toml", "--socket", "bus", "--state", "state"])
         .current_dir(dir.path())
         .spawn();
-    let daemon = Process(RefCell::new(child.unwrap()));
+    let _daemon = Process(RefCell::new(child.unwrap()));
     let socket = dir.path().join("bus");
     until("the socket", || async { std::os::unix::net::UnixStream::connect(&socket).is_ok() }).await;
     let address = format!("unix:path={}", socket.display());
