@@ -165,7 +165,8 @@ def timesteps_digest(scheduler_class, spacing, trained, steps):
     scheduler = scheduler_class(**config)
     for count in steps:
         scheduler.set_timesteps(count)
-        for timestep in scheduler.timesteps.tolist():
+        # Sometimes numpy.arange gives one more, at timestep -1.
+        for timestep in scheduler.timesteps.tolist()[:count]:
             digest = (digest ^ int(timestep)) * 0x100000001B3 % 2**64
     return f"{digest:016x}"
 

@@ -167,7 +167,7 @@ fn a_quarantine_holds_for_every_command_and_for_the_daemon_that_runs() {
     let private = |args: &[&str]| with_library(&state, args);
     assert!(private(&draw).status.success());
     assert!(private(&quarantine).status.success());
-    is_one_clear_line(&private(&draw), 1, &["sample-ddim is quarantined", "plugin quarantine sample-ddim --lift"]);
+    is_one_clear_line(&private(&draw), 1, &["sample-ddim is disabled", "plugin quarantine sample-ddim --lift"]);
     assert!(private(&lift).status.success());
     assert!(private(&draw).status.success());
 

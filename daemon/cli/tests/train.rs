@@ -242,7 +242,8 @@ fn class_words_and_captions_are_checked_before_training() {
     fails(folder.path(), 1, &args("xyzzyqwv", "x"), &["xyzzyqwv", "choose a more common word"]);
     fails(folder.path(), 1, &args("dog", "my dog"), &["my dog", "letters"]);
     // A word of the method's own is not taken for the class.
-    let rare = [&args("dog", "x")[..], &["--method", "dreambooth-lora"]].concat();
+    std::fs::write(folder.path().join("rare.toml"), "rare_token = \"sks\"").unwrap();
+    let rare = [&args("dog", "x")[..], &["--method", "dreambooth-lora", "--config", "rare.toml"]].concat();
     fails(folder.path(), 1, &rare, &["rare_token = sks", "one token of this model's vocabulary"]);
     fails(folder.path(), 1, &args("dog\t", "x"), &["class_word", "control"]);
     fails(folder.path(), 1, &[&args("dog", "x")[..], &["--licence", ""]].concat(), &["licence", "1 to 256"]);

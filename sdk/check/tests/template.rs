@@ -66,6 +66,14 @@ fn bad_ids_and_taken_folders_are_refused() {
     }
     let made = new_plugin("mine", PluginKind::Merge, folder.path(), None).unwrap();
     let cargo = std::fs::read_to_string(made.join("Cargo.toml")).unwrap();
-    assert!(cargo.contains("blocklora-sdk = \"0.1.0\"") && !cargo.contains("my-method"), "{cargo}");
+    assert!(cargo.contains("sdk/plugin\" }") && !cargo.contains("my-method"), "{cargo}");
     assert!(new_plugin("mine", PluginKind::Merge, folder.path(), None).unwrap_err().to_string().contains("exists"));
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for (sdk, reason) in [(tree.as_path(), "of something else"), (Path::new("/no/sdk"), "no SDK is there")] {
+        let error = new_plugin("other", PluginKind::Merge, folder.path(), Some(sdk)).unwrap_err().to_string();
+        assert!(
+            error.contains(reason) && error.contains("--sdk") && !folder.path().join("merge-other").exists(),
+            "{error}"
+        );
+    }
 }

@@ -184,7 +184,6 @@ mod tests {
             ("summary", json!("two\nlines")),
             ("memory_mib", json!(0)),
             ("laws", json!(["order"])),
-            ("timestep_spacing", json!("even")),
             ("aliases", json!({"heun": {}})),
             ("aliases", json!({"heun-karras": true})),
             ("colour", json!("red")),
@@ -192,5 +191,6 @@ mod tests {
             let error = manifest(key, value.clone()).unwrap_err();
             assert!(error.contains(key), "{key} = {value}: {error}");
         }
+        assert!(manifest("timestep_spacing", json!("even")).unwrap_err().contains("even"));
     }
 }

@@ -50,6 +50,15 @@ impl File {
         Self::read(path, content)
     }
 
+    /// Whether two of its tensors have one type, one shape and the same bytes.
+    pub(super) fn is_same(&self, one: &str, other: &str) -> bool {
+        let what = |key: &str| {
+            let Tensor { dtype, shape, bytes } = self.tensors.get(key)?;
+            Some((dtype, shape, self.content.get(bytes.clone())?))
+        };
+        what(one).is_some_and(|one| Some(one) == what(other))
+    }
+
     fn read(path: &Path, content: Content) -> Result<Self> {
         let Parts { metadata, entries, base } = header::parts(path, &content, false)?;
         let data = content.len() - base;

@@ -73,16 +73,16 @@ mod tests {
     #[test]
     fn what_a_training_is_not_told_is_the_folders() {
         let dir = tempfile::tempdir().unwrap();
-        let text = r#"{"training": {"ed-lora": {"steps": 400, "learning_rate": {"unet": 5e-4, "tokens": 0.06}}}}"#;
+        let text = r#"{"training": {"one-method": {"steps": 400, "learning_rate": {"unet": 5e-4, "tokens": 0.06}}}}"#;
         std::fs::write(dir.path().join(Defaults::FILE), text).unwrap();
         let defaults = Defaults::of(dir.path()).unwrap();
         let given = |text: &str| serde_json::from_str::<Map<_, _>>(text).unwrap();
         let asked = given(r#"{"rank": 8, "learning_rate": {"unet": 1e-3}}"#);
         let both = given(r#"{"rank": 8, "steps": 400, "learning_rate": {"unet": 1e-3, "tokens": 0.06}}"#);
-        assert_eq!(defaults.of_training("ed-lora", asked.clone()), both);
-        assert_eq!(defaults.of_training("blocklora", asked.clone()), asked);
+        assert_eq!(defaults.of_training("one-method", asked.clone()), both);
+        assert_eq!(defaults.of_training("another", asked.clone()), asked);
         let null = given(r#"{"learning_rate": null}"#);
-        assert_eq!(defaults.of_training("ed-lora", null)["learning_rate"], Value::Null, "what is said counts");
+        assert_eq!(defaults.of_training("one-method", null)["learning_rate"], Value::Null, "what is said counts");
     }
 
     #[test]

@@ -73,22 +73,27 @@ fn scan(found: &Found) -> Result<Scanned, String> {
 /// over the file meanwhile. Returns it with the digest of its file.
 pub fn open(path: &Path) -> Result<(Library, String), String> {
     let missing = |e: io::Error| format!("its library {}: {e}: install the plugin again", path.display());
-    let mut copy = sealed_copy(open_file(path).map_err(missing)?).map_err(missing)?;
-    let digest = digest_of(&mut copy).map_err(missing)?;
-    let by_descriptor = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
+    let mut file = open_file(path).map_err(missing)?;
+    // Where there is no room for a copy, the file itself.
+    let mut opened = match sealed_copy(&mut file) {
+        Ok(copy) => copy,
+        Err(_) => file,
+    };
+    opened.rewind().map_err(missing)?;
+    let digest = digest_of(&mut opened).map_err(missing)?;
+    let by_descriptor = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
     let library = Library::open(&by_descriptor).map_err(|e| e.0.replace(&*by_descriptor.to_string_lossy(), "it"))?;
     // The loader knows the library by this name: the number must never mean another file.
-    std::mem::forget(copy);
+    std::mem::forget(opened);
     Ok((library, digest))
 }
 
-/// The bytes of `file` in memory that nobody can change any more, read from their beginning.
-fn sealed_copy(mut file: File) -> io::Result<File> {
+/// The bytes of `file` in memory that nobody can change any more.
+fn sealed_copy(file: &mut File) -> io::Result<File> {
     let mut copy =
         File::from(memfd_create("blocklora-plugin-library", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    io::copy(&mut file, &mut copy)?;
+    io::copy(file, &mut copy)?;
     fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    copy.rewind()?;
     Ok(copy)
 }
 
