@@ -177,7 +177,7 @@ fn a_quarantine_holds_for_every_command_and_for_the_daemon_that_runs() {
     let there = |args: &[&str]| private(&[args, &["--daemon", text(&socket)]].concat());
     assert!(there(&draw).status.success());
     assert!(there(&quarantine).status.success());
-    is_one_clear_line(&there(&draw), 1, &["quarantined"]);
+    is_one_clear_line(&there(&draw), 1, &["disabled"]);
     assert!(there(&lift).status.success());
     assert!(there(&draw).status.success());
 }

@@ -80,8 +80,8 @@ fn factors_that_do_not_fit_are_refused() {
     refused(&kohya().f32(ALPHA_Q, &[], &[f32::NAN]), &[ALPHA_Q, "NaN"]);
     refused(&kohya().f32(ALPHA_Q, &[], &[0.0]), &[ALPHA_Q, "alpha of 0"]);
     refused(&kohya().f32(ALPHA_Q, &[2], &[1.0, 1.0]), &[ALPHA_Q, "1 numbers"]);
-    // Two names of one layer.
-    refused(&kohya().factors(PEFT_Q, 2, 1), &[KOHYA_Q[0], PEFT_Q[0], "leave one out"]);
+    // Two names of one layer, with other factors.
+    refused(&kohya().factors(PEFT_Q, 2, 2), &[KOHYA_Q[0], PEFT_Q[0], "leave one out"]);
 }
 
 /// Two of the base's modules may have one name with underscores; none is guessed at.
