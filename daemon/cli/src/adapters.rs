@@ -1,12 +1,12 @@
 //! `blocklora adapters`: the daemon's library of adapters.
 
+use blocklora_service::plugins::words::shown;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use blocklora_client::{LibraryEntry, Options as Filter, ResultFile};
 
 use crate::daemon::{self, Daemon, State};
-use crate::escape::shown;
 use crate::output::{self, OutputFile, OutputFolder};
 use crate::table::{Table, bytes, date};
 use crate::words::Words;

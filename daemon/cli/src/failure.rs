@@ -1,9 +1,9 @@
 //! How errors end the program: one line on stderr, and an exit code.
 
+use blocklora_service::plugins::words::shown;
 use std::process::ExitCode;
 
 use crate::daemon::watch;
-use crate::escape::shown;
 
 /// An error in how the command was called; exits with 2 like a usage error found by the parser.
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! `blocklora inspect`: what is in adapter files, and whether they get in each other's way.
 
+use blocklora_service::plugins::words::shown;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -10,7 +11,6 @@ use blocklora_engine::merge::conflicts::{Conflicts, conflicts};
 use blocklora_spec::{Adapter, Delta, Manifest, Scheme};
 use serde::Serialize;
 
-use crate::escape::shown;
 use crate::output::{self, OutputFile};
 use crate::plot;
 use crate::table::Table;

@@ -6,7 +6,6 @@
 mod args;
 mod base;
 mod daemon;
-mod escape;
 mod failure;
 mod interrupt;
 mod like;

@@ -1,5 +1,6 @@
 //! `blocklora plugin`: the merge strategies, trainers and samplers that are installed.
 
+use blocklora_service::plugins::words::shown;
 use std::path::{Path, PathBuf};
 
 use blocklora_check::Level;
@@ -8,7 +9,6 @@ use blocklora_service::plugins::check::Request;
 use blocklora_service::plugins::{BY_HAND, Entry, PluginError, State};
 use serde_json::{Value, json};
 
-use crate::escape::shown;
 use crate::{daemon, methods, output};
 
 /// See which merge strategies, trainers and samplers there are

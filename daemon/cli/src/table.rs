@@ -1,6 +1,6 @@
 //! Plain text tables.
 
-use crate::escape::shown;
+use blocklora_service::plugins::words::shown;
 
 /// Rows of cells under a header; the first column is aligned left, the others right.
 pub struct Table {

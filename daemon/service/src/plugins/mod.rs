@@ -21,7 +21,7 @@ mod scan;
 mod settings;
 pub mod stop;
 mod train;
-mod words;
+pub mod words;
 mod worker;
 
 use std::collections::HashMap;
