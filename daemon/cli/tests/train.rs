@@ -83,6 +83,13 @@ fn what_nobody_sets_is_as_the_models_folder_has_it() {
         }
         adapter.manifest().algorithm.config.clone()
     };
+    // What a plugin warns of is passed on.
+    std::fs::write(path.join("limit.toml"), "token_norm_limit = 0.55\n").unwrap();
+    let limited = ["train", "--images", "photos", "--class", "dog", "--name", "milo", "--steps", "1"];
+    let limited = [&limited[..], &["-o", "limit.st", "--config", "limit.toml"]].concat();
+    let output = common::command().args(limited).current_dir(path).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("warning: token_norm_limit = 0.55 is not kept"), "{stderr}");
     let said = settings_of("none.st", &[]);
     assert_eq!((&said["batch_size"], &said["layers"], &said["steps"]), (&2.into(), &"all".into(), &2.into()));
     assert_eq!(said["learning_rate"]["unet"], 5e-4);

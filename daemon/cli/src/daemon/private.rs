@@ -1,5 +1,6 @@
 //! A daemon for one command: it talks over a socket pair, is on no bus, and ends with the command.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::net::Shutdown;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use blocklora_client::Client;
+use blocklora_service::plugins::words::shown;
 use tempfile::TempDir;
 
 use crate::failure::NoDaemon;
@@ -37,6 +39,8 @@ pub struct Private {
     child: Child,
     /// Our end of its connection; shutting it down ends the connection whoever else still holds it.
     connection: UnixStream,
+    /// What it says on standard error.
+    log: File,
     /// Goes last.
     _temporary: Option<TempDir>,
 }
@@ -71,8 +75,8 @@ impl Private {
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket")?;
         let mut command = Command::new(&program);
         // Not a pipe, which would hold up a daemon that says much; without a name, so that nothing stays behind.
-        let mut log = tempfile::tempfile().context("cannot make a temporary file")?;
-        command.args(["--private", "--log", "error"]);
+        let log = tempfile::tempfile().context("cannot make a temporary file")?;
+        command.args(["--private", "--log", "warn"]);
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         command.stderr(Stdio::from(log.try_clone().context("cannot make a temporary file")?));
         let mut temporary = None;
@@ -96,11 +100,11 @@ impl Private {
         // It holds the other end of the socket now; with ours of it gone, its end is noticed.
         drop(command);
         let connection = ours.try_clone().context("cannot make a socket")?;
-        let mut private = Self { child, connection, _temporary: temporary };
+        let mut private = Self { child, connection, log, _temporary: temporary };
         match Client::from_stream(ours).await {
             Ok(client) => Ok((client, private)),
             Err(error) => {
-                let said = private.last_words(&mut log);
+                let said = private.last_words();
                 let reason = if said.is_empty() { error.to_string() } else { said };
                 bail!(NoDaemon(format!("{}: {reason}", program.display())));
             }
@@ -108,21 +112,34 @@ impl Private {
     }
 
     /// What it said on standard error, if it has ended; it is ended if it has not.
-    fn last_words(&mut self, log: &mut File) -> String {
+    fn last_words(&mut self) -> String {
         // A daemon that cannot start has said so and is gone; one that hangs says nothing more.
         let started = std::time::Instant::now();
         while started.elapsed() < Duration::from_secs(1) && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(10));
         }
         let _ = self.child.kill();
-        let mut text = String::new();
-        let _ = log.rewind().and_then(|()| log.read_to_string(&mut text));
+        let text = self.said();
         let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         let said = last.trim().trim_start_matches("ERROR ");
         // Behind the name of the module that says it.
         let message =
             said.split_once(": ").filter(|(module, _)| module.starts_with("blocklora") && !module.contains(' '));
         message.map_or(said, |(_, message)| message).to_owned()
+    }
+
+    fn said(&mut self) -> String {
+        let mut text = String::new();
+        let _ = self.log.rewind().and_then(|()| self.log.read_to_string(&mut text));
+        text
+    }
+
+    /// Passes on what plugins have warned of: this daemon has no log that anybody could look into.
+    fn pass_warnings_on(&mut self) {
+        let text = self.said();
+        let warnings = text.lines().filter(|line| line.contains("WARN "));
+        let warnings: BTreeSet<&str> = warnings.filter_map(|line| Some(line.split_once(": plugin: ")?.1)).collect();
+        warnings.into_iter().for_each(|warning| eprintln!("blocklora: warning: {}", shown(warning)));
     }
 
     /// Ends it and waits until it has ended.
@@ -155,5 +172,6 @@ impl Drop for Private {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
+        self.pass_warnings_on();
     }
 }
