@@ -308,8 +308,12 @@ pub(crate) fn excerpt(text: &str) -> String {
 
 /// The same for text that is shown with `{:?}`, which escapes by itself.
 pub(crate) fn shortened(text: &str) -> String {
-    const CHARS_MAX: usize = 200;
-    match text.char_indices().nth(CHARS_MAX) {
+    shortened_to(text, 200)
+}
+
+/// `text`, or its first `most` characters and "...".
+pub fn shortened_to(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),
     }

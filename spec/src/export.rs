@@ -13,33 +13,9 @@ use serde_json::json;
 
 use crate::adapter::{Adapter, LayerFactors};
 use crate::error::{Error, Result};
+use crate::format::Format;
 use file::Draft;
 pub use file::File;
-
-/// A format of other tools.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// [`kohya`].
-    Kohya,
-    /// [`diffusers`].
-    Diffusers,
-    /// [`peft`].
-    Peft,
-    /// [`textual_inversion`].
-    TextualInversion,
-}
-
-impl Format {
-    /// Its name in errors.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Kohya => "kohya",
-            Self::Diffusers => "diffusers",
-            Self::Peft => "PEFT",
-            Self::TextualInversion => "textual inversion",
-        }
-    }
-}
 
 /// The adapter as files of a format: one, or for [`Format::Peft`] two in a folder for each part of the model. Fails
 /// where the format cannot hold the adapter, before anything is written.
@@ -96,7 +72,7 @@ pub fn textual_inversion(adapter: &Adapter, path: impl AsRef<Path>) -> Result<()
 }
 
 fn fail<T>(adapter: &Adapter, format: Format, reason: impl Into<String>) -> Result<T> {
-    Err(Error::Export { path: adapter.path().into(), format: format.name(), reason: reason.into() })
+    Err(Error::Export { path: adapter.path().into(), format: format.title(), reason: reason.into() })
 }
 
 fn file_name(adapter: &Adapter) -> String {
@@ -150,7 +126,7 @@ fn kohya_file(adapter: &Adapter) -> Result<File<'_>> {
             return fail(adapter, Format::Kohya, reason);
         }
     }
-    draft.file(file_name(adapter), adapter, Format::Kohya.name())
+    draft.file(file_name(adapter), adapter, Format::Kohya)
 }
 
 /// The architecture of Stable Diffusion 1.x in a manifest, which is the engine's name for the shape of its layers.
@@ -207,7 +183,7 @@ fn diffusers_file(adapter: &Adapter) -> Result<File<'_>> {
         draft.add_b(&[format!("{name}.{infix}.up.weight")], layer, scale);
     }
     draft.metadata.insert("format", "pt".into());
-    draft.file(file_name(adapter), adapter, Format::Diffusers.name())
+    draft.file(file_name(adapter), adapter, Format::Diffusers)
 }
 
 /// The parts that are changed, and the files of each.
@@ -251,7 +227,7 @@ fn peft_files(adapter: &Adapter) -> Result<Vec<(&'static str, Vec<File<'_>>)>> {
             "fan_in_fan_out": false,
             "inference_mode": true,
         });
-        let model = draft.file(format!("{part}/adapter_model.safetensors"), adapter, Format::Peft.name())?;
+        let model = draft.file(format!("{part}/adapter_model.safetensors"), adapter, Format::Peft)?;
         let config = File::text(format!("{part}/adapter_config.json"), format!("{config:#}\n"));
         parts.push((part, vec![config, model]));
     }
@@ -271,5 +247,5 @@ fn textual_inversion_file(adapter: &Adapter) -> Result<File<'_>> {
     let values: Vec<f32> = tokens.iter().flat_map(|t| t.values.iter().copied()).collect();
     let mut draft = Draft::default();
     draft.add(format!("<{}>", adapter.manifest().name), vec![tokens.len(), first.width], &values);
-    draft.file(file_name(adapter), adapter, Format::TextualInversion.name())
+    draft.file(file_name(adapter), adapter, Format::TextualInversion)
 }

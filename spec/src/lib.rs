@@ -5,6 +5,7 @@ mod builder;
 mod dtype;
 mod error;
 pub mod export;
+mod format;
 mod header;
 pub mod import;
 mod json;
@@ -16,7 +17,8 @@ pub mod rng;
 pub use adapter::{Adapter, LayerFactors, TokenVectors};
 pub use builder::{AdapterBuilder, Layer, write, write_atomically};
 pub use dtype::Storage;
-pub use error::{Error, Result};
+pub use error::{Error, Result, shortened_to};
+pub use format::Format;
 pub use manifest::{Algorithm, Base, Delta, Fault, Kind, Manifest, NAME_RULE, Token, Training, is_name};
 pub use partition::{Partition, Scheme};
 

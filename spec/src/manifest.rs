@@ -22,6 +22,25 @@ pub enum Kind {
     Style,
 }
 
+impl Kind {
+    const ALL: [Self; 4] = [Self::Subject, Self::Person, Self::Scene, Self::Style];
+
+    /// Its name in manifests and in the daemon's interface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Subject => "subject",
+            Self::Person => "person",
+            Self::Scene => "scene",
+            Self::Style => "style",
+        }
+    }
+
+    /// The one called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
 /// One word that the concept adds to the vocabulary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

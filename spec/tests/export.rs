@@ -3,10 +3,10 @@
 
 mod common;
 
-use blocklora_spec::export::{self, Format};
 use blocklora_spec::{
     Adapter, AdapterBuilder, Base, Delta, Error, Layer, Manifest, Partition, Scheme, Storage, Token, TokenVectors,
 };
+use blocklora_spec::{Format, export};
 use safetensors::{Dtype, SafeTensors};
 
 fn adapter(manifest: &Manifest, storage: Storage) -> Adapter {

@@ -1,10 +1,10 @@
 //! `blocklora adapters`: the daemon's library of adapters.
 
-use blocklora_service::plugins::words::shown;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use blocklora_client::{LibraryEntry, Options as Filter, ResultFile};
+use blocklora_service::plugins::words::shown;
 
 use crate::daemon::{self, Daemon, State};
 use crate::output::{self, OutputFile, OutputFolder};

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use blocklora_spec::Kind;
 use clap::{Args, ValueEnum};
 
 use crate::settings::Setting;
@@ -44,14 +45,13 @@ pub enum KindArg {
     Style,
 }
 
-impl KindArg {
-    /// Its name in the daemon's interface.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Subject => "subject",
-            Self::Person => "person",
-            Self::Scene => "scene",
-            Self::Style => "style",
+impl From<KindArg> for Kind {
+    fn from(kind: KindArg) -> Self {
+        match kind {
+            KindArg::Subject => Self::Subject,
+            KindArg::Person => Self::Person,
+            KindArg::Scene => Self::Scene,
+            KindArg::Style => Self::Style,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! How errors end the program: one line on stderr, and an exit code.
 
-use blocklora_service::plugins::words::shown;
 use std::process::ExitCode;
+
+use blocklora_service::plugins::words::shown;
 
 use crate::daemon::watch;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use blocklora_engine::model::{Component, Model};
 use blocklora_spec::import::{self, Imported, Module, Options, Origin, Target, Unmatched, Word};
-use blocklora_spec::{Base, Kind, Storage};
+use blocklora_spec::{Base, Format, Storage};
 use serde::Serialize;
 
 use crate::args::{KindArg, Precision, StorageArg};
@@ -60,7 +60,7 @@ struct Json<'a> {
     file: &'a Path,
     digest: &'a str,
     name: &'a str,
-    format: import::Format,
+    format: Format,
     layers: usize,
     rank: usize,
     alpha: f32,
@@ -91,17 +91,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let imported = import::import(&args.source, &target(&model)?, &options)?;
     let digest = imported.builder.write(&args.output)?;
     report(args, &imported, &digest)
-}
-
-impl From<KindArg> for Kind {
-    fn from(kind: KindArg) -> Self {
-        match kind {
-            KindArg::Subject => Self::Subject,
-            KindArg::Person => Self::Person,
-            KindArg::Scene => Self::Scene,
-            KindArg::Style => Self::Style,
-        }
-    }
 }
 
 impl From<StorageArg> for Storage {

@@ -1,6 +1,5 @@
 //! `blocklora inspect`: what is in adapter files, and whether they get in each other's way.
 
-use blocklora_service::plugins::words::shown;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -8,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use blocklora_engine::merge::AdapterFactors;
 use blocklora_engine::merge::conflicts::{Conflicts, conflicts};
+use blocklora_service::plugins::words::shown;
 use blocklora_spec::{Adapter, Delta, Manifest, Scheme};
 use serde::Serialize;
 

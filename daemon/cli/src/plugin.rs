@@ -1,13 +1,13 @@
 //! `blocklora plugin`: the merge strategies, trainers and samplers that are installed.
 
-use blocklora_service::plugins::words::shown;
 use std::path::{Path, PathBuf};
 
 use blocklora_check::Level;
 use blocklora_sdk::manifest::PluginKind;
 use blocklora_service::plugins::check::Request;
-use blocklora_service::plugins::{BY_HAND, Entry, PluginError, State};
-use serde_json::{Value, json};
+use blocklora_service::plugins::words::shown;
+use blocklora_service::plugins::{BY_HAND, Entry, PluginError, State, settings};
+use serde_json::json;
 
 use crate::{daemon, methods, output};
 
@@ -230,7 +230,7 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
     for (key, property) in properties.into_iter().flatten() {
         let default = info.defaults.get(key).map(ToString::to_string).unwrap_or_default();
         let described = property.get("description").and_then(|d| d.as_str()).unwrap_or_default().replace('\n', " ");
-        let (described, allowed) = (shown(&described), allowed(&info.schema, property));
+        let (described, allowed) = (shown(&described), settings::range(&info.schema, property));
         text += &format!("  {key} = {default}{allowed}\n      {described}\n");
     }
     for (alias, settings) in &manifest.aliases {
@@ -238,27 +238,6 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
     }
     output::print(&text)?;
     Ok(())
-}
-
-/// What a setting may be, as far as its schema says it in a few words.
-fn allowed(schema: &Value, property: &Value) -> String {
-    let resolved = match property.get("$ref").and_then(Value::as_str) {
-        Some(reference) => schema.pointer(reference.trim_start_matches('#')).unwrap_or(property),
-        None => property,
-    };
-    let branches = resolved.get("oneOf").or_else(|| resolved.get("anyOf")).and_then(Value::as_array);
-    let choices = branches.into_iter().flatten().chain([resolved]).flat_map(|branch| {
-        branch.get("const").into_iter().chain(branch.get("enum").and_then(Value::as_array).into_iter().flatten())
-    });
-    let choices: Vec<String> = choices.map(ToString::to_string).collect();
-    let bound = |key: &str| resolved.get(key).map(ToString::to_string);
-    match (choices.is_empty(), bound("minimum"), bound("maximum")) {
-        (false, ..) => format!(" [{}]", choices.join(", ")),
-        (_, Some(least), Some(most)) => format!(" [{least} to {most}]"),
-        (_, Some(least), None) => format!(" [{least} or more]"),
-        (_, None, Some(most)) => format!(" [{most} or less]"),
-        _ => String::new(),
-    }
 }
 
 fn quarantine(args: &QuarantineArgs, options: &daemon::Options) -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use blocklora_client::{CancelMode, ResultFile, Train, Trained};
 use blocklora_engine::train::Dataset;
 use blocklora_sdk::manifest::PluginKind;
-use blocklora_spec::Adapter;
+use blocklora_spec::{Adapter, Kind};
 
 use crate::args::{KindArg, ModelArgs, StorageArg};
 use crate::concepts::Concepts;
@@ -189,7 +189,7 @@ async fn teach_with(
     let model = choose_model(daemon, &args.model).await?;
     let rows = rows.decided(&args.output, daemon, &model.state.digest).await?;
     let mut request = Train {
-        kind: Some(args.kind.name().into()),
+        kind: Some(Kind::from(args.kind).name().into()),
         captions: pictures.iter().map(|(_, caption)| caption.clone().unwrap_or_default()).collect(),
         model: Some(model.state.id.clone()),
         precision: args.model.precision_name(),

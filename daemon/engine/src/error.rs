@@ -141,11 +141,7 @@ impl Error {
 
 /// The beginning of a text for a message in one line.
 pub(crate) fn shortened(text: &str) -> String {
-    const CHARS_MAX: usize = 80;
-    match text.char_indices().nth(CHARS_MAX) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.to_owned(),
-    }
+    blocklora_spec::shortened_to(text, 80)
 }
 
 #[cfg(test)]

@@ -20,6 +20,12 @@ pub fn cut(text: &str, most: usize) -> Cow<'_, str> {
     Cow::Owned(format!("{}{MARK}", &text[..end]))
 }
 
+/// The beginning of a column of text in SQL: one character more than is shown, so that [`cut`] sees whether there are
+/// more.
+pub fn beginning_of(column: &str, most: usize) -> String {
+    format!("substr({column}, 1, {})", most + 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -88,7 +88,7 @@ fn set_defaults(properties: &mut Map<String, Value>, defaults: Map<String, Value
 }
 
 /// Puts `over` on top of `base`: tables key by key, everything else whole.
-fn overlay(base: &mut Value, over: &Value) {
+pub fn overlay(base: &mut Value, over: &Value) {
     match (base, over) {
         (Value::Object(base), Value::Object(over)) => {
             for (key, value) in over {

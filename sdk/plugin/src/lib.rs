@@ -27,7 +27,7 @@ pub mod testing;
 pub mod train;
 
 pub use blocklora_spec::{Delta, Kind, Partition, Scheme, rng};
-pub use config::{Config, resolve, schema, to_value};
+pub use config::{Config, overlay, resolve, schema, to_value};
 pub use error::{Code, Error, Result};
 pub use job::{Job, LogLevel};
 pub use serde_json::Value;

@@ -10,6 +10,7 @@ use crate::adapter::{Adapter, LayerFactors};
 use crate::builder::write_atomically_with;
 use crate::dtype::Storage;
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::{header, limits};
 
 /// A file of an export, ready to be written: nothing in it is wrong any more, and only writing can fail.
@@ -87,7 +88,7 @@ impl<'a> Draft<'a> {
 
     /// The file. Fails where it would be larger than any adapter may be, which is more than rank 1024 on every Linear of
     /// SD 1.5 takes.
-    pub(super) fn file(self, name: String, adapter: &Adapter, format: &'static str) -> Result<File<'a>> {
+    pub(super) fn file(self, name: String, adapter: &Adapter, format: Format) -> Result<File<'a>> {
         let mut tensors: Vec<_> = self.tensors.into_iter().collect();
         // Wide types first keeps every tensor aligned.
         tensors.sort_by_key(|(_, (storage, ..))| std::cmp::Reverse(storage.size()));
@@ -98,7 +99,7 @@ impl<'a> Draft<'a> {
             return Ok(file);
         }
         let reason = format!("it would have {} bytes, more than an adapter's file may have", file.size());
-        Err(Error::Export { path: adapter.path().into(), format, reason })
+        Err(Error::Export { path: adapter.path().into(), format: format.title(), reason })
     }
 }
 

@@ -12,7 +12,7 @@ use super::words::Bundle;
 use super::{Format, Options, Origin, Target, fail};
 use crate::adapter::{TokenVectors, hex};
 use crate::error::Result;
-use crate::manifest::{Algorithm, Kind, Manifest, NAME_RULE, Token, Training, is_name, is_text};
+use crate::manifest::{Algorithm, Manifest, NAME_RULE, Token, Training, is_name, is_text};
 
 type Metadata = BTreeMap<String, String>;
 
@@ -61,20 +61,14 @@ pub(super) fn of<'a>(
     // What is too long to be one, or none, is not the user's fault.
     let stated = said("modelspec.license").filter(|l| is_text(l, 256)).map(str::to_owned);
     let licence = options.licence.clone().or(stated);
-    let kind = match options.kind {
-        Kind::Subject => "subject",
-        Kind::Person => "person",
-        Kind::Scene => "scene",
-        Kind::Style => "style",
-    };
     Ok(Manifest {
         name,
         kind: options.kind,
-        class_word: options.class_word.clone().unwrap_or_else(|| kind.to_owned()),
+        class_word: options.class_word.clone().unwrap_or_else(|| options.kind.name().to_owned()),
         tokens,
         base: target.base.clone(),
         algorithm: Algorithm {
-            id: format!("import-{}", format.name()),
+            id: format!("import-{}", format.id()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             digest: None,
             config: json!({ "sources": origins, "metadata": kept }),

@@ -23,14 +23,15 @@ use crate::adapter::TokenVectors;
 use crate::builder::{AdapterBuilder, Layer};
 use crate::dtype::Storage;
 use crate::error::{Error, Result, shortened};
+use crate::format::Format;
 use crate::manifest::{Base, Kind, Manifest};
 use factors::{Fitted, Found};
 use file::File;
 use index::{Index, Place};
 use source::Source;
 
+pub use recognise::Foreign;
 pub(crate) use recognise::recognise;
-pub use recognise::{Foreign, Format};
 
 /// A module of the base model that has a weight.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,46 +2,8 @@
 
 use std::fmt;
 
-use serde::Serialize;
-
 use super::{Role, parse, refused};
-
-/// The form of a file that can be imported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// kohya's sd-scripts.
-    Kohya,
-    /// Either of diffusers' own two forms.
-    Diffusers,
-    /// PEFT, also inside diffusers' files.
-    Peft,
-    /// Words alone.
-    TextualInversion,
-}
-
-impl Format {
-    /// Its name, as in `algorithm.id`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Kohya => "kohya",
-            Self::Diffusers => "diffusers",
-            Self::Peft => "peft",
-            Self::TextualInversion => "textual-inversion",
-        }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Kohya => "a kohya LoRA",
-            Self::Diffusers => "a diffusers LoRA",
-            Self::Peft => "a PEFT LoRA",
-            Self::TextualInversion => "a textual inversion",
-        })
-    }
-}
+use crate::format::Format;
 
 /// A file that is no adapter, but known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use blocklora_spec::import::{Format, Module, Options, Target, import};
+use blocklora_spec::Format;
+use blocklora_spec::import::{Module, Options, Target, import};
 use blocklora_spec::{Adapter, Delta, Manifest, Storage, Token, export};
 use serde_json::{Value, json};
 

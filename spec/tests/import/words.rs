@@ -1,6 +1,7 @@
 //! Textual inversions, and what files and users say of themselves.
 
-use blocklora_spec::import::{Format, Options, import};
+use blocklora_spec::Format;
+use blocklora_spec::import::{Options, import};
 use blocklora_spec::{Manifest, Storage, TokenVectors};
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use blocklora_spec::Partition;
+use blocklora_spec::{Kind, Partition};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -43,7 +43,7 @@ pub fn fingerprint(
     let said = serde_json::json!([
         args.class,
         args.name,
-        args.kind.name(),
+        Kind::from(args.kind).name(),
         args.method,
         settings.config,
         format!("{rows:?}"),

@@ -43,25 +43,6 @@ impl Defaults {
         }
         Ok(defaults)
     }
-
-    /// The settings of a training by the trainer `id`: `given`, and for keys that it does not have the folder's own,
-    /// table by table.
-    pub fn of_training(&self, id: &str, mut given: Map<String, Value>) -> Map<String, Value> {
-        if let Some(own) = self.training.get(id) {
-            fill(&mut given, own);
-        }
-        given
-    }
-}
-
-fn fill(given: &mut Map<String, Value>, own: &Map<String, Value>) {
-    for (key, value) in own {
-        match (given.get_mut(key), value) {
-            (None, _) => drop(given.insert(key.clone(), value.clone())),
-            (Some(Value::Object(given)), Value::Object(own)) => fill(given, own),
-            (Some(_), _) => {}
-        }
-    }
 }
 
 #[cfg(test)]
@@ -69,21 +50,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-
-    #[test]
-    fn what_a_training_is_not_told_is_the_folders() {
-        let dir = tempfile::tempdir().unwrap();
-        let text = r#"{"training": {"one-method": {"steps": 400, "learning_rate": {"unet": 5e-4, "tokens": 0.06}}}}"#;
-        std::fs::write(dir.path().join(Defaults::FILE), text).unwrap();
-        let defaults = Defaults::of(dir.path()).unwrap();
-        let given = |text: &str| serde_json::from_str::<Map<_, _>>(text).unwrap();
-        let asked = given(r#"{"rank": 8, "learning_rate": {"unet": 1e-3}}"#);
-        let both = given(r#"{"rank": 8, "steps": 400, "learning_rate": {"unet": 1e-3, "tokens": 0.06}}"#);
-        assert_eq!(defaults.of_training("one-method", asked.clone()), both);
-        assert_eq!(defaults.of_training("another", asked.clone()), asked);
-        let null = given(r#"{"learning_rate": null}"#);
-        assert_eq!(defaults.of_training("one-method", null)["learning_rate"], Value::Null, "what is said counts");
-    }
 
     #[test]
     fn a_folder_may_say_how_it_is_drawn() {

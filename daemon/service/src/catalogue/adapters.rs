@@ -54,7 +54,7 @@ impl AdapterEntry {
         Self {
             digest: adapter.digest().to_owned(),
             name: manifest.name.clone(),
-            kind: kind_name(manifest.kind).to_owned(),
+            kind: manifest.kind.name().to_owned(),
             class_word: manifest.class_word.clone(),
             architecture: manifest.base.architecture.clone(),
             base_digest: manifest.base.digest.clone(),
@@ -103,22 +103,6 @@ impl AdapterEntry {
             algorithm_digest: row.get(19)?,
         })
     }
-}
-
-/// A kind's name in manifests and in the interface.
-pub fn kind_name(kind: blocklora_spec::Kind) -> &'static str {
-    match kind {
-        blocklora_spec::Kind::Subject => "subject",
-        blocklora_spec::Kind::Person => "person",
-        blocklora_spec::Kind::Scene => "scene",
-        blocklora_spec::Kind::Style => "style",
-    }
-}
-
-/// The kind called `name`.
-pub fn kind_from_name(name: &str) -> Option<blocklora_spec::Kind> {
-    use blocklora_spec::Kind::{Person, Scene, Style, Subject};
-    [Subject, Person, Scene, Style].into_iter().find(|kind| kind_name(*kind) == name)
 }
 
 impl Filter {

@@ -3,7 +3,7 @@
 use rusqlite::{params, params_from_iter, types::Value};
 
 use super::Catalogue;
-use crate::cut::{TEXT_BYTES_MAX, cut};
+use crate::cut::{TEXT_BYTES_MAX, beginning_of, cut};
 use crate::error::Result;
 use crate::jobs::Job;
 
@@ -101,8 +101,8 @@ impl Catalogue {
 
     /// A page of the history, newest first.
     pub fn jobs(&self, filter: &JobFilter, offset: u32, limit: u32) -> Result<Vec<JobEntry>> {
-        // Earlier releases kept texts whole, however long. One character more than is shown says that there are more.
-        let text = |column: &str| format!("substr({column}, 1, {})", TEXT_BYTES_MAX + 1);
+        // Earlier releases kept texts whole, however long.
+        let text = |column: &str| beginning_of(column, TEXT_BYTES_MAX);
         let mut sql = format!(
             "SELECT id, kind, state, priority, uid, {}, created_usec, started_usec, finished_usec, error, {}, spec \
              FROM jobs WHERE 1",

@@ -4,7 +4,7 @@ use blocklora_spec::{Partition, Scheme};
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::{Catalogue, scheme_from_name, scheme_name};
-use crate::cut::{NAME_BYTES_MAX, cut};
+use crate::cut::{NAME_BYTES_MAX, beginning_of, cut};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::now_usec;
 
@@ -111,16 +111,12 @@ fn drop_expired(transaction: &Transaction) -> rusqlite::Result<()> {
 fn holder(transaction: &Transaction, base: &str, partition: &Partition) -> rusqlite::Result<Option<String>> {
     let key = params![base, scheme_name(partition.scheme), partition.capacity, partition.seed as i64, partition.slot];
     const WHERE: &str = "base_digest = ? AND scheme = ? AND capacity = ? AND partition_seed = ? AND slot = ?";
-    let lease =
-        transaction.query_row(&format!("SELECT substr(name, 1, 65), uid FROM leases WHERE {WHERE}"), key, |row| {
-            let (name, uid): (String, u32) = (row.get(0)?, row.get(1)?);
-            let name = cut(&name, NAME_BYTES_MAX);
-            Ok(if name.is_empty() {
-                format!("a lease of user {uid}")
-            } else {
-                format!("the lease {name:?} of user {uid}")
-            })
-        });
+    let name = beginning_of("name", NAME_BYTES_MAX);
+    let lease = transaction.query_row(&format!("SELECT {name}, uid FROM leases WHERE {WHERE}"), key, |row| {
+        let (name, uid): (String, u32) = (row.get(0)?, row.get(1)?);
+        let name = cut(&name, NAME_BYTES_MAX);
+        Ok(if name.is_empty() { format!("a lease of user {uid}") } else { format!("the lease {name:?} of user {uid}") })
+    });
     if let Some(lease) = lease.optional()? {
         return Ok(Some(lease));
     }
@@ -192,9 +188,12 @@ impl Catalogue {
 
     /// The lease `id`.
     pub fn find_lease(&self, id: &str) -> Result<Lease> {
-        let sql = "SELECT base_digest, scheme, capacity, partition_seed, slot, 0, substr(name, 1, 65), '', id, uid, expires_usec \
-                   FROM leases WHERE id = ? AND (expires_usec = 0 OR expires_usec >= ?)";
-        let entry = self.with(|c| c.query_row(sql, params![id, now_usec() as i64], SlotEntry::from_row).optional())?;
+        let sql = format!(
+            "SELECT base_digest, scheme, capacity, partition_seed, slot, 0, {}, '', id, uid, expires_usec \
+             FROM leases WHERE id = ? AND (expires_usec = 0 OR expires_usec >= ?)",
+            beginning_of("name", NAME_BYTES_MAX)
+        );
+        let entry = self.with(|c| c.query_row(&sql, params![id, now_usec() as i64], SlotEntry::from_row).optional())?;
         match entry.map(|entry| entry.holder) {
             Some(Holder::Lease(lease)) => Ok(lease),
             _ => Err(Error::option(format!("there is no lease {id:?}; it may have expired"))),
@@ -215,16 +214,19 @@ impl Catalogue {
 
     /// A page of the owned slots, by model, division and slot; of one slot leases first, then adapters.
     pub fn slots(&self, filter: &SlotFilter, offset: u32, limit: u32) -> Result<Vec<SlotEntry>> {
-        let sql = "SELECT * FROM ( \
+        let name = beginning_of("name", NAME_BYTES_MAX);
+        let sql = format!(
+            "SELECT * FROM ( \
                      SELECT base_digest, scheme, capacity, partition_seed AS seed, slot, 0 AS is_adapter, \
-                       substr(name, 1, 65) AS name, \
+                       {name} AS name, \
                        '' AS digest, id, uid, expires_usec FROM leases WHERE expires_usec = 0 OR expires_usec >= ?1 \
                      UNION ALL \
                      SELECT base_digest, scheme, capacity, CASE scheme WHEN 'permuted' THEN partition_seed ELSE 0 END, \
                        slot, 1, name, digest, '', 0, 0 FROM adapters WHERE scheme IS NOT NULL \
                    ) WHERE (?2 IS NULL OR base_digest = ?2) \
                      AND (?3 IS NULL OR (scheme = ?3 AND capacity = ?4 AND seed = ?5)) \
-                   ORDER BY base_digest, scheme, capacity, seed, slot, is_adapter, name, digest LIMIT ?6 OFFSET ?7";
+                   ORDER BY base_digest, scheme, capacity, seed, slot, is_adapter, name, digest LIMIT ?6 OFFSET ?7"
+        );
         let partition = filter.partition.as_ref().map(canonical);
         let partition = partition.as_ref();
         self.with(|c| {
@@ -237,7 +239,7 @@ impl Catalogue {
                 limit,
                 offset
             ];
-            c.prepare_cached(sql)?.query_map(values, SlotEntry::from_row)?.collect()
+            c.prepare_cached(&sql)?.query_map(values, SlotEntry::from_row)?.collect()
         })
     }
 }

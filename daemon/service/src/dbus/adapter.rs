@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use blocklora_spec::Adapter;
-use blocklora_spec::export::{self, Format};
+use blocklora_spec::{Adapter, Format, export};
 use zbus::{OwnedFd, Variant};
 
 use super::call::{Answer, Call, Refusal, no_options};
@@ -82,14 +81,10 @@ fn inspect(opened: &Adapter, adapter: &AdapterObject) -> Result<Dict> {
 fn export_files(daemon: &Daemon, digest: &str, format: &str) -> Result<Vec<(OwnedFd, Dict)>> {
     let format = match format {
         "blocklora" => return Ok(vec![own_file(daemon, digest)?]),
-        "kohya" => Format::Kohya,
-        "diffusers" => Format::Diffusers,
-        "peft" => Format::Peft,
-        "textual-inversion" => Format::TextualInversion,
-        other => {
+        id => Format::from_id(id).ok_or_else(|| {
             let known = "blocklora, kohya, diffusers, peft or textual-inversion";
-            return Err(Error::new(Kind::NotSupported, format!("format {other:?} is not {known}")));
-        }
+            Error::new(Kind::NotSupported, format!("format {id:?} is not {known}"))
+        })?,
     };
     let adapter = daemon.open_adapter(digest)?;
     let files = export::files(&adapter, format)?;

@@ -123,16 +123,21 @@ impl Outgoing {
 
     /// Waits until so little waits that calls may be answered.
     pub async fn room(&self) {
-        loop {
-            let left = self.loads.left.notified();
-            tokio::pin!(left);
-            // From here on nothing is missed.
-            left.as_mut().enable();
-            if !self.loads.replies.is_full() {
-                return;
-            }
-            left.await;
+        until(&self.loads.left, || !self.loads.replies.is_full()).await;
+    }
+}
+
+/// Waits until `holds`, which is looked at again whenever `changed` is told.
+pub async fn until(changed: &Notify, holds: impl Fn() -> bool) {
+    loop {
+        let told = changed.notified();
+        tokio::pin!(told);
+        // From here on nothing is missed.
+        told.as_mut().enable();
+        if holds() {
+            return;
         }
+        told.await;
     }
 }
 

@@ -15,7 +15,7 @@ use zbus::{Connection, MatchRule, Message, MessageStream};
 
 use super::MESSAGE_BYTES_MAX;
 use super::call::{self, Call, Caller, Refusal};
-use super::outgoing::{Outgoing, weight};
+use super::outgoing::{Outgoing, until, weight};
 use crate::daemon::Daemon;
 use crate::error::Error;
 
@@ -173,16 +173,7 @@ impl Peer {
         self.outgoing.room().await;
         // All clients of a bus share its connection.
         let most = if self.name.is_empty() { INCOMING_MAX.saturating_mul(8) } else { INCOMING_MAX };
-        loop {
-            let freed = self.freed.notified();
-            tokio::pin!(freed);
-            // From here on nothing is missed.
-            freed.as_mut().enable();
-            if self.incoming.load(Ordering::Acquire) <= most {
-                return;
-            }
-            freed.await;
-        }
+        until(&self.freed, || self.incoming.load(Ordering::Acquire) <= most).await;
     }
 
     /// Whether the client is at the other end, or on this bus.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use blocklora_engine::model::Defaults;
 use blocklora_engine::train::{Concept, TrainRequest, check};
+use blocklora_sdk::overlay;
 use blocklora_spec::{NAME_RULE, Partition, Storage, is_name};
 use serde_json::{Map, Value};
 use zbus::OwnedFd;
@@ -15,7 +16,6 @@ use super::call::{Call, Refusal};
 use super::manager::{default_model, precision_of};
 use super::slots::{PARTITION, base_digest, check_slot, partition_of};
 use super::value::{Dict, Options};
-use crate::catalogue::adapters::kind_from_name;
 use crate::catalogue::leases::Claim;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
@@ -46,7 +46,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let class_word = options.required("class_word")?;
     let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
     let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
-    let kind = kind_from_name(&kind).ok_or_else(unknown)?;
+    let kind = blocklora_spec::Kind::from_name(&kind).ok_or_else(unknown)?;
     let (captions, lengths) = (options.strings("captions")?, options.u64s("lengths")?);
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
     let precision = precision_of(&call.daemon, &mut options)?;
@@ -135,11 +135,20 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     Ok(job)
 }
 
-/// The trainer's settings: those that the client gives, and the model folder's own for the others.
+/// The trainer's settings: those that the client gives, and the model folder's own for the others, table by table.
 fn settings(daemon: &Daemon, model: &str, plugin: &str, given: Map<String, Value>) -> Result<Map<String, Value>> {
     let folder = &daemon.model(model)?.path;
     let id = plugin.strip_prefix("train-").unwrap_or(plugin);
-    Ok(Defaults::of(folder)?.of_training(id, given))
+    Ok(on_top_of(Defaults::of(folder)?.training.remove(id).unwrap_or_default(), given))
+}
+
+fn on_top_of(own: Map<String, Value>, given: Map<String, Value>) -> Map<String, Value> {
+    let mut settings = Value::Object(own);
+    overlay(&mut settings, &Value::Object(given));
+    match settings {
+        Value::Object(settings) => settings,
+        _ => Map::new(),
+    }
 }
 
 /// `in_slots` is whether the trainer can be told which rows to own.
@@ -253,6 +262,22 @@ fn parts<'a>(bytes: &'a [u8], lengths: &[u64]) -> Result<Vec<&'a [u8]>> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn what_a_training_is_not_told_is_the_folders() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = r#"{"training": {"one-method": {"steps": 400, "learning_rate": {"unet": 5e-4, "tokens": 0.06}}}}"#;
+        std::fs::write(dir.path().join(Defaults::FILE), text).unwrap();
+        let defaults = Defaults::of(dir.path()).unwrap();
+        let of_training = |id: &str, given| on_top_of(defaults.training.get(id).cloned().unwrap_or_default(), given);
+        let given = |text: &str| serde_json::from_str::<Map<_, _>>(text).unwrap();
+        let asked = given(r#"{"rank": 8, "learning_rate": {"unet": 1e-3}}"#);
+        let both = given(r#"{"rank": 8, "steps": 400, "learning_rate": {"unet": 1e-3, "tokens": 0.06}}"#);
+        assert_eq!(of_training("one-method", asked.clone()), both);
+        assert_eq!(of_training("another", asked.clone()), asked);
+        let null = given(r#"{"learning_rate": null}"#);
+        assert_eq!(of_training("one-method", null)["learning_rate"], Value::Null, "what is said counts");
+    }
 
     #[test]
     fn joined_pictures_are_cut_only_where_they_fit() {

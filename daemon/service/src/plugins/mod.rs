@@ -18,7 +18,7 @@ mod records;
 mod running;
 mod sample;
 mod scan;
-mod settings;
+pub mod settings;
 pub mod stop;
 mod train;
 pub mod words;

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blocklora_sdk::abi::Library;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,6 +15,7 @@ use super::discover::{self, Found};
 use super::error::{PluginError, Result};
 use super::helper::{self, End};
 use super::records::{Records, Scanned, digest_of, open_file};
+use crate::memfd;
 
 /// The hidden command of the daemon's program.
 pub const COMMAND: &str = "__plugin-scan";
@@ -75,8 +75,8 @@ pub fn open(path: &Path) -> Result<(Library, String), String> {
     let missing = |e: io::Error| format!("its library {}: {e}: install the plugin again", path.display());
     let mut file = open_file(path).map_err(missing)?;
     // Where there is no room for a copy, the file itself.
-    let mut opened = match sealed_copy(&mut file) {
-        Ok(copy) => copy,
+    let mut opened = match memfd::sealed_with("blocklora-plugin-library", |out| io::copy(&mut file, out).map(drop)) {
+        Ok(copy) => File::from(copy),
         Err(_) => file,
     };
     opened.rewind().map_err(missing)?;
@@ -86,15 +86,6 @@ pub fn open(path: &Path) -> Result<(Library, String), String> {
     // The loader knows the library by this name: the number must never mean another file.
     std::mem::forget(opened);
     Ok((library, digest))
-}
-
-/// The bytes of `file` in memory that nobody can change any more.
-fn sealed_copy(file: &mut File) -> io::Result<File> {
-    let mut copy =
-        File::from(memfd_create("blocklora-plugin-library", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    io::copy(file, &mut copy)?;
-    fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(copy)
 }
 
 /// Checks that the library is the one that its manifest describes.

@@ -1,5 +1,6 @@
 //! Settings against a plugin's JSON Schema, before the plugin sees them: errors name the key and what is allowed.
 
+use blocklora_spec::shortened_to;
 use jsonschema::ValidationError;
 use jsonschema::error::ValidationErrorKind;
 use serde_json::Value;
@@ -42,7 +43,27 @@ fn line(error: &ValidationError<'_>, schema: &Value) -> String {
             let place = if path.is_empty() { String::new() } else { format!("{path}.") };
             format!("unknown key {place}{unknown}: the keys are {}", known.join(", "))
         }
-        kind => format!("{path} = {}: must be {}", shortened(error.instance()), allowed(kind, error)),
+        kind => {
+            format!("{path} = {}: must be {}", shortened_to(&error.instance().to_string(), 60), allowed(kind, error))
+        }
+    }
+}
+
+/// What a setting may be, as far as its schema says it in a few words: " [a, b]", " [0 to 1]", or nothing.
+pub fn range(schema: &Value, property: &Value) -> String {
+    let property = resolve(schema, property);
+    let branches = property.get("oneOf").or_else(|| property.get("anyOf")).and_then(Value::as_array);
+    let choices = branches.into_iter().flatten().chain([property]).flat_map(|branch| {
+        branch.get("const").into_iter().chain(branch.get("enum").and_then(Value::as_array).into_iter().flatten())
+    });
+    let choices: Vec<String> = choices.map(ToString::to_string).collect();
+    let bound = |key: &str| property.get(key).map(ToString::to_string);
+    match (choices.is_empty(), bound("minimum"), bound("maximum")) {
+        (false, ..) => format!(" [{}]", choices.join(", ")),
+        (_, Some(least), Some(most)) => format!(" [{least} to {most}]"),
+        (_, Some(least), None) => format!(" [{least} or more]"),
+        (_, None, Some(most)) => format!(" [{most} or less]"),
+        _ => String::new(),
     }
 }
 
@@ -95,14 +116,6 @@ fn one_of<'a>(values: impl Iterator<Item = &'a Value>) -> String {
 /// `/learning_rate/unet` as `learning_rate.unet`.
 fn key(pointer: &str) -> String {
     pointer.trim_start_matches('/').replace('/', ".")
-}
-
-fn shortened(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((at, _)) => format!("{}...", &text[..at]),
-        None => text,
-    }
 }
 
 /// The keys of the table that an instance's path leads to.

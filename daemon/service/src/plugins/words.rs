@@ -1,5 +1,7 @@
 //! Text from plugins, files and other programs, made fit to be shown.
 
+use blocklora_spec::shortened_to;
+
 /// Characters of a plugin's message.
 const CHARS_MAX: usize = 1000;
 
@@ -8,10 +10,7 @@ pub fn said(text: &str) -> String {
     if text.trim().is_empty() {
         return "no message".to_owned();
     }
-    match text.char_indices().nth(CHARS_MAX) {
-        Some((end, _)) => shown(&text[..end]) + "...",
-        None => shown(text),
-    }
+    shown(&shortened_to(text, CHARS_MAX))
 }
 
 /// `text` with escapes for every character that a terminal might obey or not show: control characters, and those that

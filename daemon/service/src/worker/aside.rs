@@ -9,7 +9,7 @@ use super::{Outcome, settle};
 use crate::catalogue::adapters::Filter;
 use crate::daemon::Daemon;
 use crate::dbus::value::{dict, own};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::jobs::Job;
 
 /// Runs `work` for `job` in a thread of its own, to the job's end.
@@ -17,12 +17,7 @@ pub fn spawn(daemon: &Arc<Daemon>, job: &Arc<Job>, work: impl FnOnce(&Job) -> Ou
     let (daemon, job) = (daemon.clone(), job.clone());
     let run = move || {
         let outcome = catch_unwind(AssertUnwindSafe(|| work(&job)));
-        let outcome = match outcome {
-            // Work only knows that it was to end.
-            Ok(Err(error)) if error.kind == Kind::Cancelled && job.stop_requested().is_some() => Err(job.stop_error()),
-            Ok(outcome) => outcome,
-            Err(_) => Err(Error::failed("a bug in the daemon, see its log")),
-        };
+        let outcome = outcome.unwrap_or_else(|_| Err(Error::failed("a bug in the daemon, see its log")));
         settle(&daemon, &job, outcome);
     };
     let thread = std::thread::Builder::new().name("aside".to_owned()).spawn(run);

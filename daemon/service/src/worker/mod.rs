@@ -91,8 +91,6 @@ impl Worker {
             // It goes on beside the device.
             Ok(Ok(None)) => return,
             Ok(Ok(Some(done))) => Ok(done),
-            // A method only knows that it was to end.
-            Ok(Err(error)) if error.kind == Kind::Cancelled && job.stop_requested().is_some() => Err(job.stop_error()),
             Ok(Err(error)) => Err(error),
             Err(_) => {
                 // What is merged into the models may be anything.
@@ -230,6 +228,10 @@ fn result_file(format: &'static str, name: &str, bytes: &[u8], mut info: Dict) -
 fn settle(daemon: &Arc<Daemon>, job: &Arc<Job>, outcome: Outcome) {
     match outcome {
         Ok((details, files)) => daemon.finish(job, Ok(details), files),
+        // Work only knows that it was to end.
+        Err(error) if error.kind == Kind::Cancelled && job.stop_requested().is_some() => {
+            daemon.finish(job, Err(job.stop_error()), Vec::new());
+        }
         Err(error) => daemon.finish(job, Err(error), Vec::new()),
     }
     // Until its end is known a daemon that stops waits for it.
