@@ -5,6 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use blocklora_engine::image::Picture;
 use common::{Daemon, Make, adapter, is_one_clear_line, snapshot, succeeds, temporary, text};
@@ -20,7 +21,6 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Process ids of daemons that `command` could have started: those whose parent it was are gone with it.
 /// The private daemons that keep their files in `folder`; other tests have some of their own.
 fn daemons(folder: &Path) -> Vec<String> {
     let output = Command::new("ps").args(["-eww", "-o", "pid=,args="]).arg("e").output().unwrap();
@@ -153,6 +153,30 @@ fn a_private_daemon_leaves_nothing_behind() {
     let is_kept = |file: &PathBuf| kept.iter().any(|kept| file.starts_with(kept));
     assert!(files.contains(&kept[0]) && files.iter().all(is_kept), "{files:?}");
     assert!(daemons(&tmp).is_empty(), "a daemon outlives its command");
+}
+
+#[test]
+fn a_command_that_is_stopped_at_once_leaves_nothing_behind() {
+    for signals in [&["INT", "INT"][..], &["KILL"]] {
+        let folder = temporary();
+        let tmp = folder.path().join("tmp");
+        std::fs::create_dir(&tmp).unwrap();
+        let mut command = common::command();
+        command.args(["generate", "a cat", "--steps", "900", "--count", "1000", "-o", "x.png"]);
+        let mut child = command.current_dir(folder.path()).env("TMPDIR", &tmp).spawn().unwrap();
+        common::until("a daemon with a state folder", || {
+            !daemons(&tmp).is_empty() && snapshot(&tmp).keys().any(|file| file.ends_with("catalogue.sqlite"))
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        for signal in signals {
+            let kill = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+            assert!(kill.unwrap().success());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!child.wait().unwrap().success());
+        common::until("the daemon's end", || daemons(&tmp).is_empty());
+        assert!(snapshot(&tmp).is_empty(), "{signals:?}: {:?}", snapshot(&tmp));
+    }
 }
 
 #[test]
@@ -307,4 +331,38 @@ fn every_bundled_plugin_passes_plugin_check() {
         checked += 1;
     }
     assert!(checked >= 17, "{checked} plugins found");
+}
+
+/// The plugins of sdk/check/examples, one of which ends the process that its code runs in.
+#[test]
+fn when_a_private_daemon_dies_it_is_said_how_and_in_whose_code() {
+    let folder = temporary();
+    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../sdk/check/examples/hostile");
+    let built = Path::new(common::BLOCKLORA).with_file_name("examples").join("libhostile_sample.so");
+    let copied = std::fs::copy(&built, folder.path().join("libhostile_sample.so"));
+    copied.unwrap_or_else(|e| panic!("{}: {e}: cargo build --workspace --examples", built.display()));
+    std::fs::copy(manifests.join("sample-hostile.toml"), folder.path().join("sample-hostile.toml")).unwrap();
+    let folders = format!("{}:{}", folder.path().display(), Path::new(common::BLOCKLORA).with_file_name("").display());
+    let picture = folder.path().join("x.png");
+    let ways = [
+        ("segfault-sample", "crashed (segmentation fault)"),
+        ("abort-sample", "crashed (aborted)"),
+        ("exit-sample", "ended its process (exit status 0)"),
+    ];
+    for (mode, says) in ways {
+        let mut command = common::command();
+        command.args(["generate", "a dog", "--sampler", "hostile", "--steps", "2", "-o"]).arg(&picture);
+        command.env("BLOCKLORA_PLUGIN_PATH", &folders).env("BLOCKLORA_HOSTILE", mode);
+        let output = command.env("XDG_STATE_HOME", folder.path()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let crash = said.lines().next().unwrap();
+        assert!(
+            crash.starts_with(&format!("blocklora: the daemon {says} in the code of the plugin sample-hostile ")),
+            "{said}"
+        );
+        assert!(crash.contains("BLOCKLORA_PLUGIN_ISOLATION=worker"), "{said}");
+        assert!(said.lines().nth(1).unwrap().starts_with("blocklora: error: "), "{said}");
+        assert!(!picture.exists());
+    }
 }

@@ -162,6 +162,7 @@ impl Default for Jobs {
 pub struct Limits {
     pub picture_pixels_max: u64,
     pub training_data_bytes_max: u64,
+    pub adapter_bytes_per_client_max: u64,
     pub connections_max: usize,
     pub calls_per_client_max: usize,
 }
@@ -171,6 +172,7 @@ impl Default for Limits {
         Self {
             picture_pixels_max: 4 << 20,
             training_data_bytes_max: 1 << 30,
+            adapter_bytes_per_client_max: 1 << 30,
             connections_max: 512,
             calls_per_client_max: 1024,
         }

@@ -36,6 +36,9 @@ struct Args {
     /// Serve only the D-Bus connection on standard input, and end with it: for programs that start a daemon of their own
     #[arg(long, conflicts_with_all = ["bus", "socket"])]
     private: bool,
+    /// Remove the state folder at the end: one that was made for this run
+    #[arg(long, requires = "private", requires = "state")]
+    temporary: bool,
     /// How much to write to stderr [default: info; with --private: warn]
     #[arg(long, value_enum)]
     log: Option<LogArg>,
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         state_dir: args.state,
         exit_when_idle_sec: args.exit_when_idle,
         private: args.private,
+        temporary: args.temporary,
     };
     // Records of plugins are the user's or the service's, whatever the state folder of this run.
     let plugins = |config: &Config| -> Arc<dyn Methods> {

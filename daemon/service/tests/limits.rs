@@ -6,12 +6,16 @@
 mod common;
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use blocklora_spec::{Adapter, AdapterBuilder, Layer, Manifest, Storage};
 use common::raw::raw_connection;
-use common::{Bus, Client, Dict, ROOT, alive, dict, stub, until};
+use common::{Bus, Client, Daemon, Dict, ROOT, adapter_file, alive, dict, stub, until};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use zbus::{OwnedObjectPath, OwnedVariant, Structure};
 
@@ -209,9 +213,7 @@ async fn results_that_nobody_takes_leave_files_for_the_others() {
     let mut daemon = stub::daemon("");
     let client = daemon.client().await;
     alive(&mut daemon, &client).await;
-    let pid = Pid::from_child(&daemon.child);
-    let limit = Rlimit { current: Some(FILES as u64), maximum: Some(FILES as u64) };
-    prlimit(Some(pid), Resource::Nofile, limit).unwrap();
+    limit_files(&daemon, FILES as u64);
     let open = || std::fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap().count();
     let own = open();
     let draw = async |count: u32| {
@@ -234,6 +236,106 @@ async fn results_that_nobody_takes_leave_files_for_the_others() {
     for job in &jobs[4..] {
         assert_eq!(client.results(job).await.unwrap().len(), 60);
     }
+    alive(&mut daemon, &client).await;
+}
+
+/// Leaves the daemon so many file descriptors.
+fn limit_files(daemon: &Daemon, files: u64) {
+    let limit = Rlimit { current: Some(files), maximum: Some(files) };
+    prlimit(Some(Pid::from_child(&daemon.child)), Resource::Nofile, limit).unwrap();
+}
+
+/// A small adapter that differs from others by its name, and how many bytes it has.
+fn small_adapter(folder: &Path, name: &str) -> (File, u64) {
+    let poodle = Adapter::open(adapter_file("poodle")).unwrap();
+    let manifest = Manifest { name: name.to_owned(), tokens: vec![], rank: 1, ..poodle.manifest().clone() };
+    let rows = manifest.partition.unwrap().count(16);
+    let (a, b) = (vec![0.5; 4], vec![0.5; rows]);
+    let layer = Layer { name: "unet.l.x", outputs: 16, a: &a, b: &b };
+    let path = folder.join(format!("{name}.safetensors"));
+    AdapterBuilder::new(&manifest, Storage::F32).layer(layer).write(&path).unwrap();
+    (File::open(&path).unwrap(), path.metadata().unwrap().len())
+}
+
+async fn bring(client: &Client, file: &File) -> Result<OwnedObjectPath, String> {
+    let body = (zbus::Fd::from(file.as_fd()), dict([("lifetime", "connection".into())]));
+    client.call(ROOT, "Manager", "RegisterAdapter", &body).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_of_connections_are_bounded_in_bytes_and_in_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, bytes) = small_adapter(folder.path(), "a0");
+    let limits = format!("[limits]\nadapter_bytes_per_client_max = {}\n", 40 * bytes);
+    let mut daemon = stub::daemon(&limits);
+    limit_files(&daemon, 256);
+    let client = daemon.client().await;
+    let path = bring(&client, &first).await.unwrap();
+    let mut all = Vec::new();
+    for i in 1..32 {
+        all.push(small_adapter(folder.path(), &format!("a{i}")).0);
+        bring(&client, &all[i - 1]).await.unwrap();
+    }
+    // What is there already takes no more, also for others.
+    bring(&client, &first).await.unwrap();
+    let other = daemon.client().await;
+    bring(&other, &first).await.unwrap();
+    let (more, _) = small_adapter(folder.path(), "more");
+    let error = bring(&other, &more).await.unwrap_err();
+    assert!(
+        error.starts_with("NotSupported: 32 adapters of connections are open") && error.contains("ulimit"),
+        "{error}"
+    );
+    // Room is made by giving one back.
+    other.call::<_, ()>(&path, "Adapter", "Unregister", &(Dict::new(),)).await.unwrap();
+    client.call::<_, ()>(&path, "Adapter", "Unregister", &(Dict::new(),)).await.unwrap();
+    bring(&other, &more).await.unwrap();
+    drop(client);
+    until("the end of the brought adapters", || async { bring(&other, &first).await.is_ok() }).await;
+    for file in &all {
+        bring(&other, file).await.unwrap();
+    }
+    alive(&mut daemon, &other).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_of_a_connection_have_so_many_bytes_together_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let files: Vec<(File, u64)> = ["a", "b", "c"].map(|name| small_adapter(folder.path(), name)).into();
+    let limits = format!("[limits]\nadapter_bytes_per_client_max = {}\n", files[0].1 + files[1].1);
+    let daemon = stub::daemon(&limits);
+    let client = daemon.client().await;
+    bring(&client, &files[0].0).await.unwrap();
+    bring(&client, &files[1].0).await.unwrap();
+    let error = bring(&client, &files[2].0).await.unwrap_err();
+    assert!(error.starts_with("NotSupported: ") && error.contains("limits.adapter_bytes_per_client_max"), "{error}");
+    // Every client has as many.
+    bring(&daemon.client().await, &files[2].0).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn previews_leave_files_for_the_others() {
+    let mut daemon = stub::daemon("");
+    let client = daemon.client().await;
+    limit_files(&daemon, 256);
+    let mut jobs = Vec::new();
+    for _ in 0..3 {
+        let mut params = stub::picture("a dog", 1, 900);
+        params.extend(dict([("count", 100u32.into())]));
+        jobs.push(client.generate("/", params, Dict::new()).await.unwrap());
+    }
+    let watch = |job: &String| {
+        let (client, job) = (client.clone(), job.clone());
+        async move { client.call::<_, zbus::OwnedFd>(&job, "Job", "OpenPreviews", &(Dict::new(),)).await }
+    };
+    let mut watched = Vec::new();
+    for job in jobs[..2].iter().cycle().take(32) {
+        watched.push(watch(job).await.unwrap());
+    }
+    let error = watch(&jobs[2]).await.unwrap_err();
+    assert!(error.starts_with("NotSupported: 32 previews are watched"), "{error}");
+    client.call::<_, ()>(&jobs[1], "Job", "Cancel", &("", Dict::new())).await.unwrap();
+    watch(&jobs[2]).await.unwrap();
     alive(&mut daemon, &client).await;
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use blocklora_client::Client;
-use blocklora_service::plugins::words::shown;
+use blocklora_service::plugins::{self, words::shown};
 use tempfile::TempDir;
 
 use crate::failure::NoDaemon;
@@ -41,6 +41,8 @@ pub struct Private {
     connection: UnixStream,
     /// What it says on standard error.
     log: File,
+    /// Whether this command killed it.
+    killed: bool,
     /// Goes last.
     _temporary: Option<TempDir>,
 }
@@ -84,6 +86,8 @@ impl Private {
             State::Temporary => {
                 let folder = tempfile::Builder::new().prefix("blocklora-").tempdir();
                 let folder = temporary.insert(folder.context("cannot make a temporary folder")?);
+                // Also if this command is killed.
+                command.arg("--temporary");
                 folder.path().to_path_buf()
             }
             State::User => super::user_state()?,
@@ -100,7 +104,7 @@ impl Private {
         // It holds the other end of the socket now; with ours of it gone, its end is noticed.
         drop(command);
         let connection = ours.try_clone().context("cannot make a socket")?;
-        let mut private = Self { child, connection, log, _temporary: temporary };
+        let mut private = Self { child, connection, log, killed: false, _temporary: temporary };
         match Client::from_stream(ours).await {
             Ok(client) => Ok((client, private)),
             Err(error) => {
@@ -118,7 +122,7 @@ impl Private {
         while started.elapsed() < Duration::from_secs(1) && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let _ = self.child.kill();
+        self.kill();
         let text = self.said();
         let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         let said = last.trim().trim_start_matches("ERROR ");
@@ -142,6 +146,22 @@ impl Private {
         warnings.into_iter().for_each(|warning| eprintln!("blocklora: warning: {}", shown(warning)));
     }
 
+    /// Says how it ended, if it crashed: the command's own error knows only that nobody answers any more.
+    fn tell_of_a_crash(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait()
+            && !self.killed
+            && let Some(crash) = plugins::crash_of(status, self.child.id(), &plugins::Options::default())
+        {
+            eprintln!("blocklora: the daemon {}", shown(&crash));
+        }
+    }
+
+    fn kill(&mut self) {
+        self.killed |= matches!(self.child.try_wait(), Ok(None));
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Ends it and waits until it has ended.
     pub async fn ended(mut self) {
         let _ = self.connection.shutdown(Shutdown::Both);
@@ -149,11 +169,7 @@ impl Private {
         loop {
             match self.child.try_wait() {
                 Ok(None) if tokio::time::Instant::now() < give_up => tokio::time::sleep(Duration::from_millis(2)).await,
-                Ok(None) => {
-                    let _ = self.child.kill();
-                    let _ = self.child.wait();
-                    return;
-                }
+                Ok(None) => return self.kill(),
                 _ => return,
             }
         }
@@ -169,9 +185,9 @@ impl Drop for Private {
             std::thread::sleep(Duration::from_millis(5));
         }
         if matches!(self.child.try_wait(), Ok(None)) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+            self.kill();
         }
         self.pass_warnings_on();
+        self.tell_of_a_crash();
     }
 }

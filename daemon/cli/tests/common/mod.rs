@@ -174,6 +174,16 @@ pub fn temporary() -> TempDir {
     tempfile::tempdir().unwrap()
 }
 
+/// Waits until `happened`, for a minute.
+#[track_caller]
+pub fn until(what: &str, happened: impl Fn() -> bool) {
+    let since = std::time::Instant::now();
+    while !happened() {
+        assert!(since.elapsed().as_secs() < 60, "{what} does not come");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
 /// `path` as an argument.
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()

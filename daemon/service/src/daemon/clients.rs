@@ -1,6 +1,6 @@
 //! What lives with a client's connection.
 
-use super::{Daemon, lock};
+use super::{Daemon, descriptors, lock};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::{Lifetime, Stop};
 use crate::objects::Object;
@@ -31,6 +31,16 @@ impl Daemon {
             return Ok(());
         }
         Err(Error::new(Kind::Cancelled, format!("the client {client} has gone")))
+    }
+
+    /// Fails where no more previews can be watched.
+    pub fn check_previews(&self) -> Result<()> {
+        let open: usize = self.jobs().iter().map(|job| job.previews.watchers()).sum();
+        if open < descriptors::for_previews() {
+            return Ok(());
+        }
+        let message = format!("{open} previews are watched, and no more may be ({}); close some", descriptors::CURE);
+        Err(Error::new(Kind::NotSupported, message))
     }
 
     /// A client has gone, and is no longer among those that are connected: what lived with its connection ends.

@@ -1,14 +1,15 @@
 //! Adapters that clients brought without adding them to the library.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use blocklora_spec::Adapter;
 use blocklora_spec::limits::FILE_BYTES_MAX;
 
-use super::{Daemon, lock};
+use super::{Daemon, descriptors, lock};
 use crate::catalogue::adapters::AdapterEntry;
 use crate::dbus::library::show;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::jobs::Owner;
 use crate::memfd;
 use crate::objects::path_of;
@@ -18,6 +19,38 @@ pub(super) struct Loose {
     file: OwnedFd,
     entry: AdapterEntry,
     clients: Vec<String>,
+}
+
+impl Loose {
+    fn is_of(&self, client: &str) -> bool {
+        self.clients.iter().any(|other| other == client)
+    }
+}
+
+const CURE: &str = "unregister some, or register them in the library";
+
+/// Fails if `size` bytes more are too many for what `client` brought.
+fn check_bytes(loose: &HashMap<String, Loose>, client: &str, size: u64, most: u64) -> Result<()> {
+    let bytes: u64 = loose.values().filter(|held| held.is_of(client)).map(|held| held.entry.size).sum();
+    if bytes.saturating_add(size) <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "the adapters of this connection have {bytes} bytes; with {size} more they are above the {most} of \
+         limits.adapter_bytes_per_client_max; {CURE}"
+    );
+    Err(Error::new(Kind::NotSupported, message))
+}
+
+/// Fails if no further file may be kept open.
+fn check_files(loose: &HashMap<String, Loose>) -> Result<()> {
+    let open = loose.len();
+    if open < descriptors::for_adapters() {
+        return Ok(());
+    }
+    let message =
+        format!("{open} adapters of connections are open, and no more may be ({}); {CURE}", descriptors::CURE);
+    Err(Error::new(Kind::NotSupported, message))
 }
 
 impl Daemon {
@@ -34,8 +67,15 @@ impl Daemon {
         // Until it is shown: `client_gone` then finds all of it, or nothing.
         let mut loose = lock(&self.loose);
         self.check_connected(&owner.client)?;
+        let known = loose.get(&entry.digest);
+        if known.is_none_or(|held| !held.is_of(&owner.client)) {
+            check_bytes(&loose, &owner.client, size, self.config().limits.adapter_bytes_per_client_max)?;
+        }
+        if known.is_none() {
+            check_files(&loose)?;
+        }
         let held = loose.entry(entry.digest.clone()).or_insert(Loose { file, entry, clients: Vec::new() });
-        if !held.clients.contains(&owner.client) {
+        if !held.is_of(&owner.client) {
             held.clients.push(owner.client.clone());
         }
         Ok(show(self, held.entry.clone(), Some(owner.uid)))

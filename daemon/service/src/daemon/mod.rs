@@ -1,6 +1,7 @@
 //! What the daemon's parts share: configuration, catalogue, queue, objects, and who hears of their changes.
 
 mod clients;
+mod descriptors;
 mod loose;
 mod results;
 mod trainings;

@@ -2,25 +2,20 @@
 
 use std::sync::Arc;
 
-use super::Daemon;
+use super::{Daemon, descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::{Job, now_usec};
 
-/// Files of results that may be open.
-fn files_max() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    limit.current.map_or(usize::MAX, |most| usize::try_from(most / 2).unwrap_or(usize::MAX))
-}
-
 impl Daemon {
     /// Makes room for `wanted` more files of results among those that may be open: the oldest finished jobs go, and what
-    /// can never be kept is refused. Half of all descriptors are for results, the others for clients and the rest.
+    /// can never be kept is refused.
     pub fn reserve_files(&self, job: &Job, wanted: usize) -> Result<()> {
-        let most = files_max();
+        let most = descriptors::for_results();
         if wanted > most {
             let message = format!(
-                "{wanted} files of results are more than the {most} that may be kept open (LimitNOFILE of the service, or \
-                 ulimit -n); ask for fewer pictures, or for one format"
+                "{wanted} files of results are more than the {most} that may be kept open ({}); ask for fewer pictures, or \
+                 for one format",
+                descriptors::CURE
             );
             return Err(Error::new(Kind::NotSupported, message));
         }
@@ -37,7 +32,7 @@ impl Daemon {
         finished.sort_by_key(|job| job.status(|s| s.finished_usec));
         let mut bytes: u64 = finished.iter().map(|job| job.result_bytes()).sum();
         let mut count = finished.len();
-        let most_files = files_max();
+        let most_files = descriptors::for_results();
         let mut files = finished.iter().map(|job| job.result_files()).sum::<usize>()
             + self.running().iter().map(|job| job.reserved_files()).sum::<usize>();
         let oldest = now_usec().saturating_sub(jobs.results_keep_sec.saturating_mul(1_000_000));

@@ -82,6 +82,7 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
                 return Err(Error::option(format!("max_side = {side}: must be 8 to {PREVIEW_SIDE_MAX}")).into());
             }
             call.authorize_owner(job.owner.uid).await?;
+            call.daemon.check_previews()?;
             let fd = job.previews.open(Duration::from_micros(interval), side)?;
             if job.status(|s| s.state.is_final()) {
                 job.previews.close();

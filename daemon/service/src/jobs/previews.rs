@@ -61,6 +61,11 @@ impl Previews {
         Ok(theirs)
     }
 
+    /// How many watch.
+    pub fn watchers(&self) -> usize {
+        self.lock().len()
+    }
+
     /// The largest side that a watcher waits for now, if one does: nobody decodes what nobody looks at.
     pub fn due(&self) -> Option<u32> {
         let due = |sink: &&Sink| sink.last.is_none_or(|last| last.elapsed() >= sink.interval);

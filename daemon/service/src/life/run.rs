@@ -39,6 +39,8 @@ pub struct Options {
     pub exit_when_idle_sec: Option<u64>,
     /// Serve only the connection on standard input, and end with it.
     pub private: bool,
+    /// Remove the state folder at the end.
+    pub temporary: bool,
 }
 
 /// Runs the daemon until it is told to end.
@@ -48,6 +50,7 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
     let (config, files) = read_config(options)?;
     // Before any thread and any lock, since another program may go on from here.
     let device = cuda::choose(&config.models.device)?;
+    let state = paths::state_dir(&config)?;
     tracing::info!("device {device}");
     raise_limits();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -60,6 +63,11 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
     let result = runtime.block_on(live(options, (config, files), device, methods));
     // Nothing that still blocks is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(200));
+    // One that could not be taken may be somebody's.
+    if options.temporary && result.is_ok() {
+        // Whoever made it may be faster.
+        let _ = std::fs::remove_dir_all(state);
+    }
     result
 }
 

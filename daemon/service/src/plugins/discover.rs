@@ -26,7 +26,7 @@ pub struct Found {
     pub library: PathBuf,
 }
 
-/// Something that looks like a manifest and is none.
+/// Something that looks like a manifest and is none, or that means nothing in one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
     /// The file.
@@ -40,7 +40,7 @@ pub struct Broken {
 pub struct Catalogue {
     /// The plugins by kind and id.
     pub found: BTreeMap<(PluginKind, String), Found>,
-    /// Files that are no manifests.
+    /// Files that are no manifests, and aliases that are somebody else's.
     pub broken: Vec<Broken>,
 }
 
@@ -101,7 +101,26 @@ pub fn search(folders: &[PathBuf]) -> Catalogue {
             }
         }
     }
+    catalogue.broken.extend(clashes(&catalogue.found));
     catalogue
+}
+
+/// Aliases that are other plugins' ids, or aliases of those before them: they never count.
+fn clashes(found: &BTreeMap<(PluginKind, String), Found>) -> Vec<Broken> {
+    let mut owners: BTreeMap<(PluginKind, &str), String> = BTreeMap::new();
+    owners.extend(found.keys().map(|(kind, id)| ((*kind, id.as_str()), format!("the id of {kind}-{id}"))));
+    let mut clashes = Vec::new();
+    for ((kind, id), Found { path, manifest, .. }) in found {
+        for alias in manifest.aliases.keys() {
+            if let Some(owner) = owners.get(&(*kind, alias)) {
+                let reason = format!("its alias {alias:?} is {owner}, which counts: choose another");
+                clashes.push(Broken { path: path.clone(), reason });
+            } else {
+                owners.insert((*kind, alias), format!("an alias of {kind}-{id}"));
+            }
+        }
+    }
+    clashes
 }
 
 /// The plugin of this kind and id, as [`search`] finds it, without a look at the others.
@@ -213,6 +232,24 @@ mod tests {
         }
         let found = search(&folders.each_ref().map(|f| f.path().to_owned())).found;
         assert_eq!(found.values().map(|f| f.manifest.summary.as_str()).collect::<Vec<_>>(), ["first"]);
+    }
+
+    #[test]
+    fn aliases_that_never_count_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        for (id, aliases) in [("x", "y = {}\nz = {}\n"), ("y", "w = {}\nz = {}\n"), ("v", "")] {
+            let text = MANIFEST.replace("id = \"x\"", &format!("id = {id:?}"));
+            let text = if aliases.is_empty() { text } else { format!("{text}[aliases]\n{aliases}") };
+            std::fs::write(folder.path().join(format!("merge-{id}.toml")), text).unwrap();
+        }
+        let broken = search(&[folder.path().to_owned()]).broken;
+        let told: Vec<(&str, &str)> =
+            broken.iter().map(|b| (b.path.file_stem().unwrap().to_str().unwrap(), b.reason.as_str())).collect();
+        let expected = [
+            ("merge-x", "its alias \"y\" is the id of merge-y, which counts: choose another"),
+            ("merge-y", "its alias \"z\" is an alias of merge-x, which counts: choose another"),
+        ];
+        assert_eq!(told, expected);
     }
 
     #[test]

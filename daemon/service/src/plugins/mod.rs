@@ -25,7 +25,9 @@ pub mod words;
 mod worker;
 
 use std::collections::HashMap;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -36,6 +38,7 @@ use blocklora_engine::train::Trainer;
 use blocklora_sdk::abi::Library;
 use blocklora_sdk::manifest::{Manifest, PluginKind};
 use blocklora_sdk::merge::AnyMergeStrategy;
+use blocklora_sdk::overlay;
 use blocklora_sdk::sample::AnySampler;
 use blocklora_sdk::train::AnyTrainer;
 use blocklora_spec::Algorithm;
@@ -111,6 +114,23 @@ impl Default for Options {
             scan_max: scan::TIME_LIMIT,
         }
     }
+}
+
+/// How a daemon ended that was not to end, for people: which way, and in whose code where it runs that of plugins itself.
+/// None if nothing says that it did not end by itself.
+pub fn crash_of(status: ExitStatus, process: u32, options: &Options) -> Option<String> {
+    let records = Records::open(&options.state);
+    let plugins: Vec<String> =
+        running::ended_in(&options.state, process).iter().map(|digest| records.name(digest)).collect();
+    let death = helper::death(status);
+    if plugins.is_empty() {
+        return status.signal().map(|_| death);
+    }
+    Some(format!(
+        "{death} in the code of {}: report it to the plugin's author, and use another one meanwhile, or let it run apart \
+         with {ISOLATION_VARIABLE}=worker",
+        plugins.join(", ")
+    ))
 }
 
 /// What a plugin is good for.
@@ -374,7 +394,7 @@ impl Plugins {
     /// The plugin that is there now, if it may be used.
     fn wanted(&self, kind: PluginKind, id: &str, given: &Value) -> Result<Wanted> {
         let found = self.find(kind, id)?;
-        let given = with_alias(found.manifest.aliases.get(id), given);
+        let given = settings::with_whole_numbers(with_alias(found.manifest.aliases.get(id), given));
         let (digest, scanned) = self.scanned(&found)?;
         let key = format!("{} {digest} {given}", found.manifest.full_name());
         Ok(Wanted { key, found, digest, scanned, given })
@@ -426,15 +446,12 @@ impl Plugins {
 
 /// The settings that a method's other name stands for, and on top of them the ones that were given.
 fn with_alias(alias: Option<&Value>, given: &Value) -> Value {
-    match (alias, given) {
-        (Some(Value::Object(alias)), Value::Object(given)) => {
-            let mut settings = alias.clone();
-            settings.extend(given.clone());
-            Value::Object(settings)
-        }
-        (Some(alias), Value::Null) => alias.clone(),
-        _ => given.clone(),
+    let Some(alias) = alias else { return given.clone() };
+    let mut settings = alias.clone();
+    if !given.is_null() {
+        overlay(&mut settings, given);
     }
+    settings
 }
 
 fn refused(name: &str, error: blocklora_sdk::Error) -> PluginError {
@@ -453,5 +470,24 @@ pub fn serve_hidden_command(arguments: &[std::ffi::OsString]) -> Option<u8> {
         [command, manifest] if command == worker::child::COMMAND => Some(worker::child::serve(manifest.as_ref())),
         [command, one @ ..] if command == check::COMMAND => Some(blocklora_check::run_one(one)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::with_alias;
+
+    #[test]
+    fn what_is_given_counts_more_than_what_a_name_stands_for_key_by_key() {
+        let alias = json!({"karras": true, "rates": {"unet": 1, "tokens": 2}});
+        let given = json!({"rates": {"tokens": 3}, "order": 2});
+        let both = json!({"karras": true, "rates": {"unet": 1, "tokens": 3}, "order": 2});
+        assert_eq!(with_alias(Some(&alias), &given), both);
+        assert_eq!(with_alias(Some(&alias), &Value::Null), alias);
+        assert_eq!(with_alias(None, &given), given);
+        // No table: for the schema to refuse.
+        assert_eq!(with_alias(Some(&alias), &json!(5)), json!(5));
     }
 }

@@ -110,6 +110,14 @@ impl Records {
         self.lock().state.libraries.get(digest).cloned().unwrap_or_default()
     }
 
+    /// What the library with this digest is called: the plugin's name and version as far as they are known.
+    pub fn name(&self, digest: &str) -> String {
+        match self.get(digest).scanned {
+            Some(scanned) => format!("the plugin {} {}", scanned.name, scanned.version),
+            None => format!("the plugin whose library has the digest {digest:.12}"),
+        }
+    }
+
     /// How many processes in a row died in the code of the library with this digest.
     pub fn deaths(&self, digest: &str) -> u32 {
         self.lock().state.libraries.get(digest).map_or(0, |record| record.deaths)
@@ -162,7 +170,6 @@ fn read(path: &Path) -> State {
     std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
-/// SHA-256 of the rest of `file`, in hex.
 /// Opens a file for reading; what is no plain file is an error, and is not waited for.
 pub fn open_file(path: &Path) -> std::io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -173,6 +180,7 @@ pub fn open_file(path: &Path) -> std::io::Result<File> {
     Ok(file)
 }
 
+/// SHA-256 of the rest of `file`, in hex.
 pub fn digest_of(file: &mut File) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 16];

@@ -122,7 +122,28 @@ pub fn outside<T>(place: Option<&Place>, code: impl FnOnce() -> T) -> T {
     }
 }
 
-/// Records in whose code dead processes have died, in their order, and removes their files.
+/// The libraries that a process has written down, by digest, and whether it is (or has ended) in the code of each.
+fn lines(text: &[u8]) -> impl Iterator<Item = (&str, bool)> {
+    text.chunks_exact(LINE).filter_map(|line| {
+        let (digest, rest) = line.split_at(LINE - 2);
+        Some((std::str::from_utf8(digest).ok()?, rest[0] == INSIDE))
+    })
+}
+
+/// Digests of the libraries in whose code `process` has ended. What it left in `folder` stays there: the next process
+/// counts it.
+pub fn ended_in(folder: &Path, process: u32) -> Vec<String> {
+    let entries = folder.join("running").read_dir().into_iter().flatten().flatten();
+    let own = format!("{process}-");
+    let files = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own));
+    let texts = files.filter_map(|entry| std::fs::read(entry.path()).ok());
+    let inside = |text: Vec<u8>| -> Vec<String> {
+        lines(&text).filter(|(_, inside)| *inside).map(|(digest, _)| digest.to_owned()).collect()
+    };
+    texts.flat_map(inside).collect()
+}
+
+/// Records in whose code dead processes have ended, in their order, and removes their files.
 fn read_the_dead(folder: &Path, records: &Records) {
     let entries = folder.read_dir().into_iter().flatten().flatten();
     let modified = |path: &PathBuf| path.metadata().and_then(|meta| meta.modified()).ok();
@@ -139,22 +160,26 @@ fn read_the_dead(folder: &Path, records: &Records) {
         if file.read_to_end(&mut text).is_err() || std::fs::remove_file(path).is_err() {
             continue;
         }
-        for line in text.chunks_exact(LINE) {
-            let Ok(digest) = std::str::from_utf8(&line[..LINE - 2]) else { continue };
-            let died = line[LINE - 2] == INSIDE;
-            if !died && records.deaths(digest) == 0 {
-                continue;
+        for (digest, died) in lines(&text) {
+            if died || records.deaths(digest) > 0 {
+                count(records, digest, died);
             }
-            records.update(digest, |record| {
-                record.deaths = if died { record.deaths + 1 } else { 0 };
-                record.crashes += u32::from(died);
-                if record.deaths >= DEATHS_MAX {
-                    record.quarantine =
-                        Some(format!("the last {} processes that ran its code died in it", record.deaths));
-                }
-            });
         }
     }
+}
+
+/// Counts that a process has ended in a library's code, or after it.
+fn count(records: &Records, digest: &str, died: bool) {
+    if died {
+        tracing::warn!("a process before this one ended in the code of {}", records.name(digest));
+    }
+    records.update(digest, |record| {
+        record.deaths = if died { record.deaths + 1 } else { 0 };
+        record.crashes += u32::from(died);
+        if record.deaths >= DEATHS_MAX {
+            record.quarantine = Some(format!("the last {} processes that ran its code died in it", record.deaths));
+        }
+    });
 }
 
 #[cfg(test)]
@@ -171,7 +196,9 @@ mod tests {
         for death in 1..=DEATHS_MAX {
             let running = Arc::new(Running::open(folder.path(), &records));
             let place = |digest: &str| Place::new(running.clone(), digest);
+            let ended_in = || ended_in(folder.path(), std::process::id());
             place(&third).inside(|| ());
+            assert_eq!(ended_in(), Vec::<String>::new());
             place(&one).inside(|| {
                 place(&one).inside(|| ());
                 place(&other).inside(|| {
@@ -181,6 +208,7 @@ mod tests {
                         assert_eq!(crashes(), [death - 1, 0, 0]);
                         // It dies here: the file is closed as it is.
                         running.lock().file = None;
+                        assert_eq!(ended_in(), [one.clone()]);
                     });
                 });
             });

@@ -21,6 +21,22 @@ pub fn check(schema: &Value, settings: &Value) -> Result<(), String> {
     }
 }
 
+/// Every float that is a whole number as an integer: clients whose language knows one kind of number send 2 as 2.0, and
+/// what wants a float takes an integer, too.
+pub fn with_whole_numbers(value: Value) -> Value {
+    /// Up to here every whole number is a float.
+    const MOST: f64 = (1_u64 << 53) as f64;
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(float) if number.is_f64() && float.fract() == 0.0 && float.abs() <= MOST => (float as i64).into(),
+            _ => number.into(),
+        },
+        Value::Array(items) => items.into_iter().map(with_whole_numbers).collect(),
+        Value::Object(table) => table.into_iter().map(|(key, value)| (key, with_whole_numbers(value))).collect(),
+        value => value,
+    }
+}
+
 /// `key = value: what is allowed`.
 fn line(error: &ValidationError<'_>, schema: &Value) -> String {
     // A choice that fails in its only reasonable branch is that branch's error.
@@ -186,6 +202,15 @@ mod tests {
         ] {
             assert_eq!(check(&schema(), &good), Ok(()), "{good}");
         }
+    }
+
+    #[test]
+    fn whole_floats_are_integers() {
+        let given = json!({"a": 2.0, "b": [0.5, -3.0, 1e300], "c": {"d": 7, "e": "2.0"}, "f": null});
+        let same = json!({"a": 2, "b": [0.5, -3, 1e300], "c": {"d": 7, "e": "2.0"}, "f": null});
+        assert_eq!(with_whole_numbers(given), same);
+        assert_eq!(check(&schema(), &with_whole_numbers(json!({"rank": 4.0}))), Ok(()));
+        assert!(check(&schema(), &with_whole_numbers(json!({"rank": 4.5}))).is_err());
     }
 
     #[test]
