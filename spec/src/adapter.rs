@@ -345,7 +345,7 @@ fn decode(content: &Content, entry: &Entry) -> Vec<f32> {
 }
 
 /// Lower-case hexadecimal of `bytes`.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, b| {
         let _ = write!(text, "{b:02x}");
         text

@@ -12,6 +12,7 @@ use crate::adapter::{Adapter, KEY_MANIFEST, KEY_MANIFEST_DIGEST, KEY_SPEC, Token
 use crate::dtype::Storage;
 use crate::error::{Error, Result};
 use crate::header;
+use crate::limits;
 use crate::manifest::{Fault, Manifest};
 
 /// One layer's factors to be written.
@@ -72,6 +73,11 @@ impl AdapterBuilder {
     /// The file's bytes, which depend on nothing but what was added. `path` names them in errors.
     pub fn to_bytes(&self, path: impl AsRef<Path>) -> Result<Vec<u8>> {
         let path = path.as_ref();
+        let numbers: u64 = self.tensors.values().map(|(_, bytes)| bytes.len() as u64).sum();
+        // With room for the header; a larger file could not be opened.
+        if numbers > limits::FILE_BYTES_MAX - limits::HEADER_BYTES_MAX {
+            return Err(Error::FileTooLarge { path: path.into(), bytes: numbers, limit: limits::FILE_BYTES_MAX });
+        }
         let mut manifest = self.manifest.clone();
         let mut hasher = Sha256::new();
         let mut tensors = Vec::new();

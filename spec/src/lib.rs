@@ -14,7 +14,7 @@ mod map;
 mod partition;
 pub mod rng;
 
-pub use adapter::{Adapter, LayerFactors, TokenVectors};
+pub use adapter::{Adapter, LayerFactors, TokenVectors, hex};
 pub use builder::{AdapterBuilder, Layer, write, write_atomically};
 pub use dtype::Storage;
 pub use error::{Error, Result, shortened_to};

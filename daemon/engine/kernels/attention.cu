@@ -88,7 +88,7 @@ extern "C" __global__ void attention(const __half *q, const __half *k, const __h
         for (unsigned i = lane % 2; i < KEYS; i += 2) {
             const float score = my_scores[my_row * KEYS + i];
             // As it enters the product, so that the weights used add up to the total.
-            const __half weight = __float2half_rn(score > -INFINITY ? expf(score - largest) : 0.0f);
+            const __half weight = __float2half_rn(score == -INFINITY ? 0.0f : expf(score - largest));
             my_weights[my_row * KEYS + i] = weight;
             added += __half2float(weight);
         }

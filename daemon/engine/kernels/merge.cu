@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Rows of one matrix that take the same adapters; src/merge/kernel_cuda.rs has the same structure.
+// Rows of one matrix that take the same adapters; src/merge/tiles.rs has the same structure.
 struct Tile {
     const void *pristine;   // [m, columns] as stored
     void *live;             // [m, columns]

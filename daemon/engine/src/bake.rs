@@ -69,6 +69,9 @@ impl<'a> Piece<'a> {
 
 /// Writes `model` with what is merged into it to the new folder `to`, as [`Model::save`], and adds the words of
 /// `concepts` to its tokenizer and text encoder. Concepts that are built into the model's own folder stay, named or not.
+///
+/// Words are added to the folder once it is there: an error between leaves it without some of them, for the caller to
+/// remove.
 pub fn bake(model: &Model, concepts: &[Concept], to: &Path) -> Result<()> {
     let mut all = baked_concepts(model.dir())?;
     let is_new = |concept: &&Concept| !all.iter().any(|built_in| built_in.name == concept.name);

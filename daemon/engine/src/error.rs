@@ -57,7 +57,7 @@ pub enum Error {
     },
     /// An adapter file is not valid.
     #[error(transparent)]
-    Adapter(#[from] blocklora_spec::Error),
+    Adapter(blocklora_spec::Error),
     /// An adapter cannot be used with this model or beside these other adapters.
     #[error("adapter {adapter:?}: {reason}")]
     Incompatible {
@@ -112,6 +112,16 @@ pub enum Error {
     Tensor(#[from] candle_core::Error),
 }
 
+impl From<blocklora_spec::Error> for Error {
+    /// What the system said stays that, whoever wrote or read the file.
+    fn from(error: blocklora_spec::Error) -> Self {
+        match error {
+            blocklora_spec::Error::Io { path, source } => Self::Io { path, source },
+            error => Self::Adapter(error),
+        }
+    }
+}
+
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -147,6 +157,14 @@ pub(crate) fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_system_said_stays_that() {
+        let source = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let error = blocklora_spec::Error::Io { path: "x".into(), source: source() };
+        assert!(matches!(Error::from(error), Error::Io { path, source } if path.as_os_str() == "x"
+            && source.kind() == std::io::ErrorKind::StorageFull));
+    }
 
     #[test]
     fn a_long_prompt_is_shown_by_its_beginning() {

@@ -63,6 +63,11 @@ impl WeightFile {
         &self.path
     }
 
+    /// All of its bytes, header included, whatever has taken its place in the folder meanwhile.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
     /// The names of its tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
@@ -191,7 +196,4 @@ impl WeightView {
     }
 }
 
-/// Lower-case hexadecimal of `bytes`.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
+pub use blocklora_spec::hex;

@@ -192,8 +192,7 @@ fn impossible_settings_are_errors_not_panics() {
         ("beta_end", json!(2.0)),
         ("trained_betas", json!([0.1, 0.2])),
     ] {
-        let named = if field == "num_train_timesteps" && value == json!(1e12) { "num_train_timesteps" } else { field };
-        check(dir, "scheduler/scheduler_config.json", field, value, &[named]);
+        check(dir, "scheduler/scheduler_config.json", field, value, &[field]);
     }
     check(dir, "model_index.json", "unet", Value::Null, &["unet"]);
 }

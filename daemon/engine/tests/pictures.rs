@@ -161,3 +161,16 @@ fn what_is_no_picture_is_an_error_that_names_the_file() {
     assert!(matches!(Picture::load(&missing), Err(Error::Io { .. })));
     assert!(Picture::load(folder.path()).is_err());
 }
+
+/// A small file may claim any number of pixels; it is refused before room is made for them.
+#[test]
+fn a_picture_of_too_many_pixels_is_refused_by_its_header() {
+    for (width, height, says) in [(16_384, 16_384, "all together"), (16_385, 8, "16384 pixels")] {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, width, height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.write_header().unwrap().write_chunk(png::chunk::IDAT, &[0; 16]).unwrap();
+        let error = Picture::decode("large.png", &bytes).unwrap_err().to_string();
+        assert!(error.starts_with("large.png: the picture is too large") && error.contains(says), "{error}");
+    }
+}

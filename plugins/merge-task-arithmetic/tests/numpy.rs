@@ -10,7 +10,7 @@ use merge_task_arithmetic::TaskArithmetic;
 fn equals_numpy() {
     let golden = MergeGolden::of_the_repository().unwrap();
     check_merge(&golden, "task-arithmetic", &TaskArithmetic::default()).unwrap();
-    assert!(check_merge(&golden, "task-arithmetic", &TaskArithmetic { lambda: 0.599 }).is_err());
+    assert!(check_merge(&golden, "task-arithmetic", &TaskArithmetic { lambda: 0.399 }).is_err());
 }
 
 /// Those that the manifest declares, and no other.

@@ -50,6 +50,11 @@ fn weights_that_cancel_are_refused() {
     problem.set_weights(&[1.0, -1.0]);
     let error = merge(&WeightedAverage {}, &problem, 8).unwrap_err().message;
     assert!(error.contains("the weights add up to 0"), "{error}");
+    // In f32 these leave 6e-8.
+    let mut problem = Problem::random(3, 4, false);
+    problem.set_weights(&[0.1, 0.2, 0.6, -0.9]);
+    let error = merge(&WeightedAverage {}, &problem, 8).unwrap_err().message;
+    assert!(error.contains("choose weights with another sum"), "{error}");
 }
 
 #[test]

@@ -210,13 +210,16 @@ pub fn import(path: impl AsRef<Path>, target: &Target, options: &Options) -> Res
 
 /// Fails on a number that the storage type would make infinite.
 fn check_storage(path: &Path, storage: Storage, fitted: &Fitted, tokens: &[TokenVectors]) -> Result<()> {
-    if storage != Storage::F16 {
-        return Ok(());
-    }
+    let is_lost = |x: f32| match storage {
+        Storage::F32 => false,
+        Storage::F16 => half::f16::from_f32(x).is_infinite(),
+        Storage::BF16 => half::bf16::from_f32(x).is_infinite(),
+    };
     let layers = fitted.layers.iter().flat_map(|l| [(&l.name, &l.a), (&l.name, &l.b)]);
     for (name, values) in layers.chain(tokens.iter().map(|t| (&t.name, &t.values))) {
-        if let Some(value) = values.iter().find(|x| half::f16::from_f32(**x).is_infinite()) {
-            return fail(path, format!("{name:?} has the number {value}, too large for f16: store it as f32"));
+        if let Some(value) = values.iter().find(|x| is_lost(**x)) {
+            let reason = format!("{name:?} has the number {value}, too large for {}: store it as f32", storage.name());
+            return fail(path, reason);
         }
     }
     Ok(())

@@ -103,7 +103,7 @@ fn peft_folder(folder: &Path) -> Result<Source> {
 fn read_config(path: &Path) -> Result<Config> {
     let bytes = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
     if bytes > limits::HEADER_BYTES_MAX {
-        return Err(Error::FileTooLarge { path: path.into(), bytes, limit: limits::HEADER_BYTES_MAX });
+        return fail(path, format!("the configuration has {bytes} bytes, and may have {}", limits::HEADER_BYTES_MAX));
     }
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     Config::new(path, &object(path, &text)?)

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::Component;
 
 /// Writes the model folder `dir` (which must not exist yet) of `shape`, with random weights stored in `precision`.
-/// diffusers and this engine load it like the real one; its vocabulary has single letters only.
+/// diffusers and this engine load it like the real one; its vocabulary has bytes and pairs of them.
 pub fn write_random_model(shape: Shape, precision: DType, dir: &Path) -> Result<()> {
     let Shape::Sd15 = shape;
     if !matches!(precision, DType::F32 | DType::F16 | DType::BF16) {

@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Seek, Write};
+use std::io::{BufRead, BufReader, Cursor, Seek};
 use std::path::Path;
 
-use ::image::{ImageError, ImageReader, Limits};
+use ::image::error::{LimitError, LimitErrorKind};
+use ::image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits};
 
 use super::{GenerationParameters, Picture};
 use crate::error::{Error, Result};
@@ -40,16 +41,23 @@ impl Picture {
         limits.max_image_height = Some(MAX_SIDE as u32);
         limits.max_alloc = Some(8 * MAX_PIXELS as u64);
         reader.limits(limits);
-        let picture = reader.decode().map_err(|e| match e {
+        let invalid = |e| match e {
             ImageError::IoError(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => Error::io(path, e),
             ImageError::Limits(_) => {
-                Error::invalid_file(path, format!("the picture is too large; a side may have {MAX_SIDE} pixels"))
+                let most = format!("a side may have {MAX_SIDE} pixels, all together {MAX_PIXELS}");
+                Error::invalid_file(path, format!("the picture is too large; {most}"))
             }
             ImageError::Unsupported(_) => {
                 Error::invalid_file(path, format!("this kind of picture cannot be read ({e}); use PNG, JPEG or WebP"))
             }
             e => Error::invalid_file(path, format!("the picture is damaged: {e}")),
-        })?;
+        };
+        let decoder = reader.into_decoder().map_err(invalid)?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > MAX_PIXELS as u64 {
+            return Err(invalid(ImageError::Limits(LimitError::from_kind(LimitErrorKind::DimensionError))));
+        }
+        let picture = DynamicImage::from_decoder(decoder).map_err(invalid)?;
         let (width, height) = (picture.width() as usize, picture.height() as usize);
         if !picture.color().has_alpha() {
             return Self::new(width, height, picture.into_rgb8().into_raw());
@@ -85,7 +93,7 @@ impl Picture {
 
     /// Writes a PNG file, whole or not at all: a reader sees the old file or the new one.
     pub fn save_png(&self, path: &Path, parameters: Option<&GenerationParameters>) -> Result<()> {
-        write_atomically(path, &self.to_png(parameters)?)
+        Ok(blocklora_spec::write_atomically(path, &self.to_png(parameters)?)?)
     }
 }
 
@@ -108,23 +116,4 @@ pub fn read_parameters(path: &Path) -> Result<Option<GenerationParameters>> {
             .map_err(|reason| Error::invalid_file(path, format!("its text {KEYWORD:?} cannot be read: {reason}")))
     };
     text.map(parse).transpose()
-}
-
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".").suffix(".part");
-    #[cfg(unix)]
-    {
-        // The default is a file that only its owner can read; the umask takes away what it must.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(folder).map_err(|e| Error::io(path, e))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| Error::io(path, e))?;
-    file.persist(path).map_err(|e| Error::io(path, e.error))?;
-    Ok(())
 }

@@ -72,8 +72,10 @@ impl ContactSheet {
         let width = 2 * MARGIN + most * (cell_width + GAP) - if most > 0 { GAP } else { 0 };
         let height = y + if column > 0 { row_height - GAP } else { 0 } + MARGIN;
         if most == 0 || width > MAX_SIDE || height > MAX_SIDE || width * height > MAX_PIXELS {
-            let reason =
-                format!("it must have a picture and at most {MAX_SIDE} pixels a side; use fewer or smaller ones");
+            let reason = format!(
+                "it must have a picture and at most {MAX_SIDE} pixels a side, {MAX_PIXELS} together; use fewer or \
+                     smaller ones"
+            );
             return Err(Error::option("contact sheet", format!("{width}x{height}"), reason));
         }
 

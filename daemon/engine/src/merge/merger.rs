@@ -339,7 +339,7 @@ pub(super) fn not_finite(target: &Target, index: usize, composition: &Compositio
     Error::Incompatible {
         adapter: names.join("\", \""),
         reason: format!(
-            "row {row} of {} does not stay finite in {:?}; lower the weight (nothing was changed)",
+            "row {row} of {} does not stay finite in {:?}; lower the weight",
             target.info.name,
             target.live.dtype()
         ),

@@ -82,7 +82,7 @@ impl UNet {
     ///
     /// `loss` turns predictions into a scalar; that of a batch is the sum of its samples'. With `checkpointing` the inside
     /// of each stretch is computed twice; without, all of it is kept. The encodings' own graph, if they have one, is not
-    /// followed: continue it with [`Gradients::get`] of each encoding.
+    /// followed: continue it with [`Gradients::follow`].
     pub fn loss_and_gradients(
         &self,
         latents: &Tensor,

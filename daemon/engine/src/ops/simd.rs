@@ -79,7 +79,7 @@ pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// e^x to about 1 ulp. Saturates at 2.4e38 above 88.3, is 0 below -87.3; NaN stays NaN.
+/// e^x to about 1 ulp. Saturates at 2.2e38 above 88.3, is 0 below -87.3; NaN stays NaN.
 #[inline(always)]
 #[allow(clippy::manual_clamp)] // comparisons that are false for NaN let it through
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {

@@ -32,6 +32,7 @@ pub struct BenchStep {
 /// Runs the training of `trainer`, with `batch_size` pictures per step, on pictures of noise and reports what its steps
 /// cost. Nothing is written.
 pub fn bench_step(model: &Model, trainer: &dyn Trainer, class_word: &str, batch_size: usize) -> Result<BenchStep> {
+    EngineHost::check_model(model)?;
     let concept = Concept { name: "bench".into(), class_word: class_word.into(), kind: blocklora_spec::Kind::Subject };
     let steps = trainer.plan(&concept)?.steps;
     if steps < 2 {
@@ -50,8 +51,10 @@ pub fn bench_step(model: &Model, trainer: &dyn Trainer, class_word: &str, batch_
         last = Instant::now();
         Ok(())
     };
-    let mut host = EngineHost::new(model, &concept, &dataset, 0, None, false, &mut record);
+    let id = &trainer.algorithm().id;
+    let mut host = EngineHost::new(model, &concept, &dataset, 0, None, false, &mut record).with_plan(id, steps);
     let parameters = trainer.train(&mut host)?.tensors().map(Vec::len).sum();
+    host.check_end()?;
     let mut times = times.split_off(1);
     times.sort_by(f64::total_cmp);
     Ok(BenchStep {
@@ -59,18 +62,11 @@ pub fn bench_step(model: &Model, trainer: &dyn Trainer, class_word: &str, batch_
         batch_size,
         step_ms: times[times.len() / 2],
         step_ms_range: [times[0], times[times.len() - 1]],
-        peak_resident_bytes: peak_resident_bytes(),
+        peak_resident_bytes: crate::bench::peak_resident_bytes().unwrap_or(0),
         parameters,
     })
 }
 
 fn noise(rng: &mut Rng, len: usize) -> Vec<u8> {
     (0..len).map(|_| rng.next_u32() as u8).collect()
-}
-
-/// VmHWM of this process; 0 where the system does not say.
-fn peak_resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-    line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }

@@ -138,6 +138,16 @@ impl<'a> EngineHost<'a> {
         self
     }
 
+    /// Fails on a model that cannot be trained on: pictures are placed on a square canvas.
+    pub fn check_model(model: &Model) -> Result<()> {
+        let (_, height, width) = model.latent_shape();
+        if height != width || height == 0 {
+            let reason = "training needs a model whose latents are a square of at least one pixel";
+            return Err(Error::option("sample_size", format!("{height}x{width}"), reason));
+        }
+        Ok(())
+    }
+
     /// Fails if the trainer has not taken the steps of its plan.
     pub fn check_end(&self) -> Result<()> {
         match self.planned {
@@ -296,9 +306,13 @@ impl<'a> EngineHost<'a> {
 
 /// Tokenises a training prompt, in which `{}` stands for a concept of `tokens` tokens.
 pub(super) fn tokenise(model: &Model, prompt: &str, tokens: usize) -> Result<TokenisedPrompt> {
-    const NAME: &str = "concept";
-    let named = prompt.replace("{}", &format!("<{NAME}>"));
-    Prompt::parse(&named).tokenise(model.tokenizer(), &[ConceptSlots { name: NAME, tokens }])
+    // Not a name that the caption has by itself: it means nothing here, and says so.
+    let mut name = "concept".to_owned();
+    while prompt.contains(&format!("<{name}>")) {
+        name.push('x');
+    }
+    let named = prompt.replace("{}", &format!("<{name}>"));
+    Prompt::parse(&named).tokenise(model.tokenizer(), &[ConceptSlots { name: &name, tokens }])
 }
 
 /// A latent pixel counts if the picture covers the middle of its pixels.

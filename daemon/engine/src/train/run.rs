@@ -70,6 +70,7 @@ pub fn train(
     request: &TrainRequest,
     progress: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<TrainReport> {
+    EngineHost::check_model(model)?;
     let base = Base { architecture: model.architecture(), digest: model.digest().to_owned() };
     let plan = planned(trainer, request, base, dataset.digest())?;
     let started = Instant::now();
@@ -179,6 +180,8 @@ fn run_digest(model: &Model, dataset: &Dataset, trainer: &dyn Trainer, request: 
         config.remove("checkpoint_every");
     }
     let concept = &request.concept;
+    // It draws the pictures of the class, again where a run goes on.
+    let sampler = request.sampler.as_ref().map_or("", |sampler| sampler.id());
     let parts = [
         model.digest(),
         dataset.digest(),
@@ -187,6 +190,7 @@ fn run_digest(model: &Model, dataset: &Dataset, trainer: &dyn Trainer, request: 
         &concept.name,
         &concept.class_word,
         &format!("{:?} {} {config}", concept.kind, request.seed),
+        &format!("{:?} {sampler}", model.precision()),
     ];
     let mut hash = Sha256::new();
     for part in parts {

@@ -9,8 +9,6 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
 
-pub const LAYOUTS: [&str; 3] = ["sd15", "sd21", "starter"];
-
 pub fn golden_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/model")
 }

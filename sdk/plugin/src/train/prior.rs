@@ -48,11 +48,12 @@ impl PriorPreservation {
         }
         check_range("prior.weight", self.weight, 0.0, 100.0)?;
         check_range("prior.guidance_scale", self.guidance_scale, 1.0, 100.0)?;
-        for (key, value, least) in
-            [("prior.pictures", self.pictures, self.prompts.len()), ("prior.sampling_steps", self.sampling_steps, 1)]
-        {
-            if value < least {
-                return Err(Error::config(key, value, format!("must be {least} or more")));
+        for (key, value, least, most) in [
+            ("prior.pictures", self.pictures, self.prompts.len(), 100_000),
+            ("prior.sampling_steps", self.sampling_steps, 1, 1000),
+        ] {
+            if !(least..=most).contains(&value) {
+                return Err(Error::config(key, value, format!("must be {least} to {most}")));
             }
         }
         Ok(())
