@@ -48,6 +48,7 @@ endif
 data = $(INSTALL) -D -m 0644 -t $(D)$(2) $(1)
 text = $(INSTALL) -d $(D)$(2) && sed -e 's|/usr/bin/blocklora|$(bindir)/blocklora|g' \
 	-e 's|/usr/lib/blocklora|$(libdir)/blocklora|g' -e 's|/usr/share/blocklora|$(datadir)/blocklora|g' \
+	-e 's|/usr/share/doc/blocklora|$(docdir)|g' \
 	$(1) > $(D)$(2)/$(notdir $(1)) && chmod 0644 $(D)$(2)/$(notdir $(1))
 
 install: build

@@ -1,5 +1,6 @@
 //! Arguments that several commands share.
 
+use std::num::IntErrorKind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -95,14 +96,15 @@ pub enum Clash {
     Mean,
 }
 
-/// Which model, and how to hold it.
+/// Which model, and how a daemon is to hold it.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Folder of the base model in the diffusers layout [default: the daemon's, or the bundled starter model]
+    /// Folder of the base model in the diffusers layout [default: $BLOCKLORA_MODEL, else that of a daemon that runs, else
+    /// the bundled starter model]
     #[arg(long, value_name = "DIR")]
     pub base: Option<PathBuf>,
-    /// Storage type of the weights [default: the daemon's, or f32]
+    /// Storage type of the weights [default: the daemon's]
     #[arg(long, value_enum)]
     pub precision: Option<Precision>,
 }
@@ -112,6 +114,18 @@ impl ModelArgs {
     pub fn precision_name(&self) -> Option<String> {
         self.precision.map(|precision| precision.name().to_owned())
     }
+}
+
+/// Which model, and how this process is to hold it.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
+pub struct OwnModelArgs {
+    /// Folder of the base model in the diffusers layout [default: $BLOCKLORA_MODEL, or the bundled starter model]
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
+    /// Storage type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
 }
 
 /// How to merge.
@@ -170,16 +184,21 @@ pub struct SamplingArgs {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Size {
     /// Width.
-    pub width: usize,
+    pub width: u32,
     /// Height.
-    pub height: usize,
+    pub height: u32,
 }
 
 impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = |t: &str| t.parse::<usize>().map_err(|_| format!("{text:?} is not like 512 or 512x768"));
+        let number = |t: &str| {
+            t.parse::<u32>().map_err(|error| match error.kind() {
+                IntErrorKind::PosOverflow => format!("{t} pixels are too many"),
+                _ => format!("{text:?} is not like 512 or 512x768"),
+            })
+        };
         let (width, height) = text.split_once('x').unwrap_or((text, text));
         Ok(Self { width: number(width)?, height: number(height)? })
     }
@@ -277,5 +296,6 @@ mod tests {
         assert_eq!("512".parse(), Ok(Size { width: 512, height: 512 }));
         assert_eq!("512x768".parse(), Ok(Size { width: 512, height: 768 }));
         assert!("512x".parse::<Size>().is_err() && "-1".parse::<Size>().is_err());
+        assert_eq!("512x5000000000".parse::<Size>(), Err("5000000000 pixels are too many".to_owned()));
     }
 }

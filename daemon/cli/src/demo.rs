@@ -11,7 +11,7 @@ use blocklora_spec::{Kind, Manifest};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
-use crate::args::{self, ModelArgs, SamplingArgs, SetArgs, WeightedFile};
+use crate::args::{self, ModelArgs, Precision, SamplingArgs, SetArgs, WeightedFile};
 use crate::concepts::{Concepts, Entry};
 use crate::daemon::{self, ChosenModel, Daemon, State, choose_model, watch};
 use crate::judge::{Judge, Scores};
@@ -43,8 +43,12 @@ pub struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     set: SetArgs,
-    #[command(flatten)]
-    model: ModelArgs,
+    /// Folder of the base model in the diffusers layout [default: $BLOCKLORA_MODEL, or the bundled starter model]
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    base: Option<PathBuf>,
+    /// Storage type of the weights [default: the daemon's]
+    #[arg(long, value_enum, help_heading = "Model")]
+    precision: Option<Precision>,
 }
 
 #[derive(Serialize)]
@@ -93,7 +97,7 @@ struct Drawn {
 pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let started = Instant::now();
     let sheet_file = OutputFile::create(&args.output)?;
-    let base = base::folder(args.model.base.as_deref())?;
+    let base = base::folder(args.base.as_deref())?;
     let starter = base::starter()?;
     let concepts = Concepts::open(&starter.join("concepts"))?;
     let files = args::adapters_in(args.adapters.as_deref().unwrap_or(&starter.join("adapters")))?;
@@ -109,7 +113,7 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let jobs: Vec<Vec<Job>> = entries.iter().map(|e| jobs_of(args, e)).collect();
     let pair_jobs = pair_jobs(args, &manifests);
     // The adapters are those of one model, whatever a daemon that runs has as its default.
-    let model_args = ModelArgs { base: Some(base), ..args.model.clone() };
+    let model_args = ModelArgs { base: Some(base), precision: args.precision };
     let drawn = daemon::run(draw_all(args, options, &model_args, &with, &jobs, &pair_jobs))?;
 
     let score = |(i, pictures): (usize, &Vec<Picture>)| {
@@ -186,15 +190,14 @@ async fn draw_all(
 fn template(args: &Args, model: &ChosenModel, model_args: &ModelArgs) -> anyhow::Result<Generate> {
     let (strategy, strategy_config) = set::strategy(&args.set)?;
     let sampling = &args.sampling;
-    let pixels = |side: usize| u32::try_from(side).with_context(|| format!("--size: {side} pixels are too many"));
     Ok(Generate {
         target: Some(model.model.path().clone().into()),
         precision: model_args.precision_name(),
         steps: Some(u32::from(sampling.steps)),
         guidance_scale: sampling.guidance.map(f64::from),
         sampler: Some(sampling.sampler.clone()),
-        width: sampling.size.map(|size| pixels(size.width)).transpose()?,
-        height: sampling.size.map(|size| pixels(size.height)).transpose()?,
+        width: sampling.size.map(|size| size.width),
+        height: sampling.size.map(|size| size.height),
         strategy,
         strategy_config,
         formats: vec!["png".into()],

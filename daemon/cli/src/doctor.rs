@@ -2,12 +2,12 @@
 
 mod machine;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use blocklora_client::{Client, Error, ErrorKind, Place};
+use blocklora_service::plugins::words::shown;
 use serde::Serialize;
 
-use crate::args::ModelArgs;
 use crate::daemon::{self, Choice, Daemon, State};
 use crate::{base, output};
 
@@ -20,8 +20,9 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    model: ModelArgs,
+    /// Folder of the base model in the diffusers layout [default: $BLOCKLORA_MODEL, or the bundled starter model]
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    base: Option<PathBuf>,
 }
 
 /// How a check ended.
@@ -68,9 +69,10 @@ pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
                 Verdict::Warning => "warning",
                 Verdict::Problem => "PROBLEM",
             };
-            text += &format!("{mark:<8} {:<14} {}\n", f.check, f.says);
+            // Descriptions, names and reasons are other people's and programs'.
+            text += &format!("{mark:<8} {:<14} {}\n", f.check, shown(&f.says));
             if !f.cure.is_empty() {
-                text += &format!("{:<8} {:<14} -> {}\n", "", "", f.cure);
+                text += &format!("{:<8} {:<14} -> {}\n", "", "", shown(&f.cure));
             }
         }
         output::print(&text)?;
@@ -113,7 +115,7 @@ fn state_folder() -> Finding {
 }
 
 fn starter(args: &Args) -> Finding {
-    match base::folder(args.model.base.as_deref()) {
+    match base::folder(args.base.as_deref()) {
         Ok(folder) => finding("model folder", Verdict::Ok, folder.display().to_string(), ""),
         Err(error) => {
             let cure = "give a folder in the diffusers layout with --base or $BLOCKLORA_MODEL";

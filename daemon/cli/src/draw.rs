@@ -47,7 +47,8 @@ impl Settings {
     pub fn new(args: &SamplingArgs, model: &Model) -> anyhow::Result<Self> {
         let (_, height, width) = model.latent_shape();
         let factor = model.vae().downscale();
-        let (width, height) = args.size.map_or((width * factor, height * factor), |s| (s.width, s.height));
+        let (width, height) =
+            args.size.map_or((width * factor, height * factor), |s| (s.width as usize, s.height as usize));
         Ok(Self {
             steps: usize::from(args.steps),
             guidance_scale: guidance(args, model.dir())?,

@@ -1,11 +1,13 @@
 //! `blocklora export`: a concept as a LoRA file for other tools.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use anyhow::bail;
 use blocklora_spec::{Adapter, export};
 use clap::ValueEnum;
+use serde_json::json;
 
-use crate::output::{self, OutputFolder};
+use crate::output::{self, OutputFile, OutputFolder};
 use crate::words::Words;
 
 /// Write a concept as a LoRA for other tools
@@ -22,6 +24,9 @@ pub struct Args {
     /// The file to write; for peft, the folder
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -36,42 +41,52 @@ enum Format {
     TextualInversion,
 }
 
+impl From<Format> for blocklora_spec::Format {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Kohya => Self::Kohya,
+            Format::Diffusers => Self::Diffusers,
+            Format::Peft => Self::Peft,
+            Format::TextualInversion => Self::TextualInversion,
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let adapter = Adapter::open(&args.file)?;
+    let format = blocklora_spec::Format::from(args.format);
     let words = match args.format {
         Format::TextualInversion => Words::None,
         Format::Kohya | Format::Diffusers | Format::Peft => Words::of(adapter.tokens().iter().map(|t| t.layers)),
     };
     let embedding = words.file(&args.output);
+    let mut outputs = Vec::new();
     output::not_the_same(&args.file, &args.output)?;
     if let Some(path) = &embedding {
         output::not_the_same(&args.file, path)?;
-        output::check_file(path)?;
+        outputs.push((OutputFile::create(path)?, blocklora_spec::Format::TextualInversion));
     }
+    let mut folder = None;
     if args.format == Format::Peft {
-        let folder = OutputFolder::create(&args.output)?;
+        let folder = folder.insert(OutputFolder::create(&args.output)?);
         export::peft(&adapter, folder.path())?;
-        folder.finish()?;
     } else {
-        output::check_file(&args.output)?;
+        outputs.push((OutputFile::create(&args.output)?, format));
     }
-    match args.format {
-        Format::Kohya => export::kohya(&adapter, &args.output)?,
-        Format::Diffusers => export::diffusers(&adapter, &args.output)?,
-        Format::TextualInversion => export::textual_inversion(&adapter, &args.output)?,
-        Format::Peft => {}
+    for (output, format) in &mut outputs {
+        let [file] = &export::files(&adapter, *format)?[..] else { bail!("{format} is a format of several files") };
+        output.fill_with(|out| file.write_to(out))?;
     }
-    announce(&args.output)?;
-    if let Some(path) = &embedding {
-        export::textual_inversion(&adapter, path)?;
-        announce(path)?;
+    folder.map_or(Ok(()), OutputFolder::finish)?;
+    outputs.into_iter().try_for_each(|(output, _)| output.publish())?;
+    if args.json {
+        output::print_json(&json!({ "path": args.output, "format": format, "embedding": embedding }))?;
+    } else {
+        for path in std::iter::once(&args.output).chain(&embedding) {
+            output::print(&format!("{}\n", path.display()))?;
+        }
     }
     words.note_what_is_left(&adapter.manifest().name);
-    Ok(())
-}
-
-fn announce(path: &Path) -> anyhow::Result<()> {
-    output::print(&format!("{}\n", path.display()))?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use blocklora_service::plugins::words::shown;
 
 use crate::daemon::watch;
+use crate::interrupt;
 
 /// An error in how the command was called; exits with 2 like a usage error found by the parser.
 #[derive(Debug)]
@@ -70,6 +71,8 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     let line = line_of(error);
     let cancelled =
         matches!(error.downcast_ref(), Some(blocklora_engine::Error::Cancelled)) || watch::is_cancelled(error);
+    // A job that somebody else cancelled has failed.
+    let cancelled = cancelled && interrupt::requested();
     if cancelled || error.is::<Interrupted>() {
         eprintln!("blocklora: {}", if cancelled { "interrupted" } else { &line });
         return ExitCode::from(130);

@@ -79,6 +79,9 @@ struct Json<'a> {
 /// Runs the command.
 pub fn run(args: &Args, options: &daemon::Options) -> anyhow::Result<()> {
     let paths = numbered(&args.output, args.count);
+    for path in &paths {
+        args.with.iter().try_for_each(|with| output::not_the_same(&with.path, path))?;
+    }
     let files = paths.iter().map(|p| OutputFile::create(p)).collect::<anyhow::Result<Vec<_>>>()?;
     let recipe = args.like.as_deref().map(|picture| like::read(picture, &args.with)).transpose()?;
     let with = recipe.as_ref().map_or(&args.with, |recipe| &recipe.with);
@@ -111,7 +114,7 @@ fn request(args: &Args, recipe: Option<&Recipe>) -> anyhow::Result<Generate> {
         request.prompt.clone_from(prompt);
     }
     if let Some(Size { width, height }) = args.size {
-        (request.width, request.height) = (u32::try_from(width).ok(), u32::try_from(height).ok());
+        (request.width, request.height) = (Some(width), Some(height));
     }
     request.negative_prompt = args.negative.clone().or(request.negative_prompt);
     request.seed = args.seed.or(request.seed);

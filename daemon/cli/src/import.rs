@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use blocklora_engine::model::{Component, Model};
+use blocklora_engine::weights::hex;
 use blocklora_spec::import::{self, Imported, Module, Options, Origin, Target, Unmatched, Word};
 use blocklora_spec::{Base, Format, Storage};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::args::{KindArg, Precision, StorageArg};
-use crate::{base, output, session};
+use crate::output::{self, OutputFile};
+use crate::{base, session};
 
 /// Make a concept of a LoRA that another tool wrote
 ///
@@ -49,8 +52,8 @@ pub struct Args {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-    /// Folder of the base model in the diffusers layout, which it was trained on or is close to [default: the bundled
-    /// starter model]
+    /// Folder of the base model in the diffusers layout, which it was trained on or is close to [default:
+    /// $BLOCKLORA_MODEL, or the bundled starter model]
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     base: Option<PathBuf>,
 }
@@ -73,10 +76,10 @@ struct Json<'a> {
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    for input in args.words.iter().chain([&args.source]) {
+    for input in args.words.iter().chain(&files_in(&args.source)) {
         output::not_the_same(input, &args.output)?;
     }
-    output::check_file(&args.output)?;
+    let output = OutputFile::create(&args.output)?;
     let folder = base::folder(args.base.as_deref())?;
     let model = session::load_model(&folder, Precision::F32.into())?;
     let options = Options {
@@ -89,8 +92,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         storage: args.storage.map(Storage::from),
     };
     let imported = import::import(&args.source, &target(&model)?, &options)?;
-    let digest = imported.builder.write(&args.output)?;
-    report(args, &imported, &digest)
+    let bytes = imported.builder.to_bytes(&args.output)?;
+    output.write(&bytes)?;
+    report(args, &imported, &hex(&Sha256::digest(&bytes)))
+}
+
+/// What may be read of `source`: a file, or those of a folder's that are called as PEFT and diffusers call them.
+fn files_in(source: &Path) -> Vec<PathBuf> {
+    const NAMES: [&str; 3] = ["adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"];
+    if !source.is_dir() {
+        return vec![source.to_path_buf()];
+    }
+    let entries = source.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    let folders = entries.filter(|path| path.is_dir()).chain([source.to_path_buf()]);
+    folders.flat_map(|folder| NAMES.map(|name| folder.join(name))).collect()
 }
 
 impl From<StorageArg> for Storage {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use blocklora_engine::merge::AdapterFactors;
@@ -12,8 +12,8 @@ use blocklora_spec::{Adapter, Delta, Manifest, Scheme};
 use serde::Serialize;
 
 use crate::output::{self, OutputFile};
-use crate::plot;
 use crate::table::Table;
+use crate::{failure, plot};
 
 /// Show what is in adapter files, and whether they get in each other's way
 ///
@@ -68,7 +68,7 @@ struct Json<'a> {
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let plot = args.plot.as_deref().map(OutputFile::create).transpose()?;
+    let plot = args.plot.as_deref().map(|path| plot_file(path, &args.files)).transpose()?;
     let adapters = args.files.iter().map(Adapter::open).collect::<Result<Vec<_>, _>>()?;
     let factors = adapters.iter().map(AdapterFactors::from_adapter).collect::<Result<Vec<AdapterFactors>, _>>()?;
     let compared = conflicts(&factors.iter().collect::<Vec<_>>())?;
@@ -86,6 +86,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let text = describe(&reports, &compared.overall, args.layers).context("cannot format the report")?;
     output::print(&text)?;
     Ok(())
+}
+
+/// The plot to be. One of `files` behind --plot is an adapter that would be lost.
+fn plot_file(path: &Path, files: &[PathBuf]) -> anyhow::Result<OutputFile> {
+    if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
+        return failure::usage(format!(
+            "--plot {}: give the name of an SVG file, with .svg at its end",
+            path.display()
+        ));
+    }
+    files.iter().try_for_each(|file| output::not_the_same(file, path))?;
+    OutputFile::create(path)
 }
 
 fn report(adapter: &Adapter, norms: BTreeMap<String, f64>) -> Report {

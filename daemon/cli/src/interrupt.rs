@@ -1,23 +1,36 @@
-//! Ctrl-C: the first press asks the running command to stop cleanly, the second stops at once.
+//! Ctrl-C: the first press asks the running command to stop cleanly, the second stops at once; so does the first one
+//! where the command does not look.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 
+use crate::held;
+
 static REQUESTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the running command looks for Ctrl-C.
+static LOOKS: AtomicBool = AtomicBool::new(false);
 
 /// Begins to listen for Ctrl-C.
 pub fn install() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
-        if REQUESTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+        let is_first = !REQUESTED.swap(true, Ordering::SeqCst);
+        if is_first && LOOKS.load(Ordering::SeqCst) {
+            return;
         }
+        let _none_is_made_any_more = held::remove_all();
+        if is_first {
+            eprintln!("blocklora: interrupted");
+        }
+        std::process::exit(130);
     })
     .context("cannot listen for Ctrl-C")
 }
 
-/// Whether Ctrl-C has been pressed.
+/// Whether Ctrl-C has been pressed. Whoever asks once goes on to ask.
 pub fn requested() -> bool {
+    LOOKS.store(true, Ordering::SeqCst);
     REQUESTED.load(Ordering::SeqCst)
 }
 

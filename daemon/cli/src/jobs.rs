@@ -135,13 +135,10 @@ async fn follow(daemon: &Daemon, args: &Watch) -> anyhow::Result<()> {
     let job = find(daemon, &args.job).await?;
     if args.json {
         let mut states = job.progress().await?;
-        while let Some(state) = states.next().await {
+        while let Some(state) = watch::unless_interrupted(states.next(), "the job goes on").await? {
             output::print(&(serde_json::to_string(&state)? + "\n"))?;
-            if crate::interrupt::requested() {
-                return Err(crate::failure::Interrupted("the job goes on".into()).into());
-            }
         }
-        job.wait().await?;
+        watch::unless_interrupted(job.wait(), "the job goes on").await??;
         return Ok(());
     }
     watch::look_on(&job, "working").await?;
@@ -152,7 +149,7 @@ async fn cancel(daemon: &Daemon, args: &Cancel) -> anyhow::Result<()> {
     let job = find(daemon, &args.job).await?;
     job.cancel(if args.discard { CancelMode::Discard } else { CancelMode::Checkpoint }).await?;
     // Cancelled is what was asked for; any other end is in the state.
-    let _ = job.wait().await;
+    let _ = watch::unless_interrupted(job.wait(), "the job is told to end").await?;
     let state = job.state().await?;
     if args.json {
         return output::print_json(&state);

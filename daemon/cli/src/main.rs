@@ -7,6 +7,7 @@ mod args;
 mod base;
 mod daemon;
 mod failure;
+mod held;
 mod interrupt;
 mod like;
 mod output;
@@ -78,7 +79,8 @@ With no daemon running, a command starts one for itself, which ends with it.";
 #[derive(Parser)]
 #[command(name = "blocklora", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 struct Cli {
-    /// Threads to compute with [default: one per core]
+    /// Threads that this command, or the private daemon that it starts, computes with; a daemon that runs has its own
+    /// [default: one per core]
     #[arg(long, global = true, value_name = "N", help_heading = "Global options")]
     threads: Option<std::num::NonZeroUsize>,
     /// Which daemon to use: auto (one that runs, else a private one), private, session, system, or a socket's path

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufReader, PipeReader, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -28,7 +29,8 @@ pub struct Args {
     /// The folder to write; it must not be there yet, or be empty
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Folder of the base model in the diffusers layout [default: the daemon's, or the bundled starter model]
+    /// Folder of the base model in the diffusers layout [default: $BLOCKLORA_MODEL, else that of a daemon that runs, else
+    /// the bundled starter model]
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     base: Option<PathBuf>,
     /// Print the result as JSON
@@ -95,9 +97,16 @@ async fn bake(args: &Args, options: &daemon::Options, folder: &OutputFolder) -> 
     let unpacking = tokio::task::spawn_blocking(move || unpack(reader, &into, &shown));
     let look = watch::Look { on_interrupt: CancelMode::Discard, ..watch::Look::bar("writing", 0) };
     let baked = watch::follow(&job, look).await;
-    // Our own failure is the cause of the daemon's broken pipe.
-    unpacking.await.context("unpacking the model failed")??;
-    let baked = baked?;
+    let unpacked = unpacking.await.context("unpacking the model failed")?;
+    let baked = match baked {
+        // Then the archive ends early.
+        Err(error) if watch::is_cancelled(&error) || watch::is_disconnected(&error) => return Err(error),
+        baked => {
+            // Our own failure is the cause of the daemon's broken pipe.
+            unpacked?;
+            baked?
+        }
+    };
     daemon.close().await;
     Ok((merged, baked))
 }
@@ -106,6 +115,8 @@ async fn bake(args: &Args, options: &daemon::Options, folder: &OutputFolder) -> 
 fn unpack(reader: PipeReader, folder: &Path, shown: &Path) -> anyhow::Result<()> {
     let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 16, reader));
     archive.set_preserve_permissions(false);
+    // The umask has made the folder what it is, and makes its files alike.
+    archive.set_mask(!folder.metadata().map_err(|e| cannot_write(shown, e))?.mode() & 0o777);
     archive.set_preserve_mtime(false);
     let entries = archive.entries().context("the daemon's archive cannot be read")?;
     for entry in entries {

@@ -3,18 +3,23 @@
 //! An output is opened before the work begins, so that a missing or read-only folder is found in the first second and
 //! not after an hour of training.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blocklora_client::ResultFile;
 use tempfile::{NamedTempFile, TempDir};
 
+use crate::held::{self, Held};
+
 /// A file that will appear at its path.
 pub struct OutputFile {
     path: PathBuf,
     file: NamedTempFile,
+    /// Goes after the file.
+    _held: Held,
 }
 
 impl OutputFile {
@@ -27,9 +32,12 @@ impl OutputFile {
         if path.exists() && !path.is_file() {
             bail!("{}: is not a regular file: give another name", path.display());
         }
-        let file = tempfile::Builder::new().prefix(".blocklora-").tempfile_in(&folder);
-        let file = file.map_err(|e| cannot_write(&folder, e))?;
-        Ok(Self { path: path.to_path_buf(), file })
+        let mut builder = tempfile::Builder::new();
+        // The umask decides, as for any file that a program makes; without this, temporary files are private.
+        builder.prefix(".blocklora-").permissions(Permissions::from_mode(0o666));
+        let held = held::hold(|| builder.tempfile_in(&folder), NamedTempFile::path);
+        let (file, held) = held.map_err(|e| cannot_write(&folder, e))?;
+        Ok(Self { path: path.to_path_buf(), file, _held: held })
     }
 
     /// Writes `content`, flushes it to the disk and gives it its name.
@@ -40,16 +48,20 @@ impl OutputFile {
 
     /// Writes `content` and flushes it to the disk; it has no name yet.
     pub fn fill(&mut self, content: &[u8]) -> anyhow::Result<()> {
+        self.fill_with(|file| file.write_all(content))
+    }
+
+    /// As [`OutputFile::fill`], with what `write` writes.
+    pub fn fill_with(&mut self, write: impl FnOnce(&mut File) -> std::io::Result<()>) -> anyhow::Result<()> {
         let file = self.file.as_file_mut();
-        let written = file.write_all(content).and_then(|()| file.sync_all());
-        written.and_then(|()| allow_others_to_read(file)).map_err(|e| cannot_write(&self.path, e))
+        write(file).and_then(|()| file.sync_all()).map_err(|e| cannot_write(&self.path, e))
     }
 
     /// Gives what was filled in its name.
     pub fn publish(self) -> anyhow::Result<()> {
-        let Self { path, file } = self;
+        let Self { path, file, _held } = self;
         file.persist(&path).map_err(|e| cannot_write(&path, e.error))?;
-        Ok(())
+        flush_names(&path)
     }
 }
 
@@ -106,6 +118,8 @@ pub fn not_the_same(input: &Path, output: &Path) -> anyhow::Result<()> {
 pub struct OutputFolder {
     path: PathBuf,
     temporary: TempDir,
+    /// Goes after the folder.
+    _held: Held,
 }
 
 impl OutputFolder {
@@ -121,8 +135,9 @@ impl OutputFolder {
         } else if path.exists() {
             bail!("{}: is a file: give the name of a new folder", path.display());
         }
-        let temporary = tempfile::Builder::new().prefix(".blocklora-").tempdir_in(&parent);
-        Ok(Self { path: path.to_path_buf(), temporary: temporary.map_err(|e| cannot_write(&parent, e))? })
+        let held = held::hold(|| tempfile::Builder::new().prefix(".blocklora-").tempdir_in(&parent), TempDir::path);
+        let (temporary, held) = held.map_err(|e| cannot_write(&parent, e))?;
+        Ok(Self { path: path.to_path_buf(), temporary, _held: held })
     }
 
     /// Where to write for now.
@@ -130,15 +145,30 @@ impl OutputFolder {
         self.temporary.path()
     }
 
-    /// Gives the folder its name.
+    /// Flushes what is in the folder to the disk and gives it its name.
     pub fn finish(self) -> anyhow::Result<()> {
-        let Self { path, temporary } = self;
-        allow_others_to_enter(temporary.path()).map_err(|e| cannot_write(&path, e))?;
+        let Self { path, temporary, _held } = self;
+        flush(temporary.path()).map_err(|e| cannot_write(&path, e))?;
         std::fs::rename(temporary.path(), &path).map_err(|e| cannot_write(&path, e))?;
         // Renamed: there is nothing left to remove.
         let _ = temporary.keep();
-        Ok(())
+        flush_names(&path)
     }
+}
+
+/// Flushes the file or folder `path` to the disk, a folder with all that is in it.
+fn flush(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        path.read_dir()?.try_for_each(|entry| flush(&entry?.path()))?;
+    }
+    File::open(path)?.sync_all()
+}
+
+/// Flushes the folder in which `path` lies: that it has this name now.
+fn flush_names(path: &Path) -> anyhow::Result<()> {
+    // One may write into a folder that one may not read.
+    let Ok(folder) = File::open(parent(path)?) else { return Ok(()) };
+    folder.sync_all().map_err(|e| cannot_write(path, e))
 }
 
 /// The folder in which `path` lies, which must be there.
@@ -162,26 +192,6 @@ fn parent(path: &Path) -> anyhow::Result<PathBuf> {
 /// A failed write; what to do about it follows from the cause.
 pub fn cannot_write(path: &Path, error: std::io::Error) -> anyhow::Error {
     anyhow::Error::new(error).context(format!("{}: cannot write", path.display()))
-}
-
-/// Temporary files are private; a finished one gets the permissions of any new file.
-fn allow_others_to_read(file: &File) -> std::io::Result<()> {
-    set_mode(file, 0o644)
-}
-
-fn allow_others_to_enter(folder: &Path) -> std::io::Result<()> {
-    set_mode(&File::open(folder)?, 0o755)
-}
-
-#[cfg(unix)]
-fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(mode))
-}
-
-#[cfg(not(unix))]
-fn set_mode(_: &File, _: u32) -> std::io::Result<()> {
-    Ok(())
 }
 
 /// Prints `text` on stdout; a reader that has gone away is an error here, not a panic.

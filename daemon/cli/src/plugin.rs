@@ -9,7 +9,7 @@ use blocklora_service::plugins::words::shown;
 use blocklora_service::plugins::{BY_HAND, Entry, PluginError, State, settings};
 use serde_json::json;
 
-use crate::{daemon, methods, output};
+use crate::{daemon, interrupt, methods, output};
 
 /// See which merge strategies, trainers and samplers there are
 #[derive(clap::Subcommand)]
@@ -129,17 +129,24 @@ pub fn run(command: &Command, options: &daemon::Options) -> anyhow::Result<()> {
 
 fn check(args: &CheckArgs) -> anyhow::Result<()> {
     let level = Level::from_number(args.level).unwrap_or(Level::Behaviour);
-    let request =
-        Request { level, only: args.test.clone(), seed: args.reproduce, is_cancelled: &crate::interrupt::requested };
+    let request = Request { level, only: args.test.clone(), seed: args.reproduce, is_cancelled: &interrupt::requested };
     let report = blocklora_service::plugins::check::check(&args.file, request)?;
+    // What was not tested has not passed.
+    interrupt::check()?;
     if args.json {
         output::print_json(&report)?;
     } else {
         output::print(&report.to_text())?;
     }
-    anyhow::ensure!(!report.tests.is_empty(), "no test was run: blocklora-check --list names them");
+    anyhow::ensure!(!report.tests.is_empty(), "no test was run: there are, with their levels, {}", all_tests());
     anyhow::ensure!(report.passed, "{}: the plugin does not conform", args.file.display());
     Ok(())
+}
+
+/// All tests by name and level.
+fn all_tests() -> String {
+    let of_level = |(name, level, _): (&str, Level, _)| format!("{name} ({})", level.number());
+    blocklora_check::list().map(of_level).collect::<Vec<_>>().join(", ")
 }
 
 fn new(args: &NewArgs) -> anyhow::Result<()> {
@@ -194,11 +201,11 @@ fn list(args: &ListArgs) -> anyhow::Result<()> {
         let (state, reason) = state(entry);
         let said = if reason.is_empty() { &manifest.summary } else { reason };
         let mark = if state == "ready" { String::new() } else { format!("{state}: ") };
-        text += &format!("{:<width$}  {}  {mark}{}\n", manifest.full_name(), manifest.version, shown(said));
+        text += &format!("{:<width$}  {}  {mark}{}\n", manifest.full_name(), shown(&manifest.version), shown(said));
     }
     output::print(&text)?;
     for broken in broken {
-        eprintln!("blocklora: {}: {}", broken.path.display(), broken.reason);
+        eprintln!("blocklora: {}: {}", broken.path.display(), shown(&broken.reason));
     }
     Ok(())
 }
@@ -212,7 +219,8 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
         return output::print_json(&json);
     }
     let manifest = &info.entry.found.manifest;
-    let mut text = format!("{} {}: {}\n", manifest.full_name(), manifest.version, shown(&manifest.summary));
+    let (version, summary) = (shown(&manifest.version), shown(&manifest.summary));
+    let mut text = format!("{} {version}: {summary}\n", manifest.full_name());
     let facts = [
         ("licence", manifest.licence.clone()),
         ("reference", manifest.reference.clone().unwrap_or_default()),

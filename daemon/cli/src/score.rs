@@ -13,13 +13,13 @@ use clap::ValueEnum;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
-use crate::args::{self, Clash, MergeArgs, ModelArgs, SamplingArgs, Strategy};
+use crate::args::{self, Clash, MergeArgs, OwnModelArgs, SamplingArgs, Strategy};
 use crate::concepts::{Concepts, Entry};
 use crate::draw::{self, Job};
 use crate::judge::{Judge, Scores};
 use crate::session::{self, Session};
 use crate::table::Table;
-use crate::{base, crosstalk, drift, methods, output, progress};
+use crate::{base, crosstalk, drift, failure, methods, output, progress};
 
 /// Score concepts alone and merged: image alignment, text alignment, identity
 ///
@@ -54,12 +54,14 @@ pub struct Args {
     /// Print JSON, with the scores of every concept
     #[arg(long)]
     json: bool,
-    /// Print instead how strongly other concepts' rows answer to a concept's input: ||dW_j X_i|| / ||dW_i X_i||
-    #[arg(long)]
+    /// Print instead how strongly other concepts' rows answer to a concept's input: ||dW_j X_i|| / ||dW_i X_i||. Nothing
+    /// is drawn or scored for that
+    #[arg(long, conflicts_with_all = ["sizes", "prompts", "images", "clip", "text_prefix", "layers", "seed", "steps",
+          "guidance", "sampler", "size"])]
     cross_talk: bool,
     /// Print instead how far each concept's class word alone has moved toward it: its prompts with the class word in the
     /// concept's place, drawn by the base model and with only that concept's adapter merged (the paper's figure 3)
-    #[arg(long, conflicts_with = "cross_talk")]
+    #[arg(long, conflicts_with_all = ["cross_talk", "sizes", "layers"])]
     drift: bool,
     /// Weight of every merged adapter; 1 is as trained, 0 leaves only its words
     #[arg(long, value_name = "W", default_value_t = 1.0, allow_negative_numbers = true)]
@@ -70,7 +72,7 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
-    model: ModelArgs,
+    model: OwnModelArgs,
 }
 
 /// A strategy on the layers whose name starts with `prefix`; the others stay as they are in the file.
@@ -160,7 +162,15 @@ struct Json<'a> {
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.sizes.contains(&0) {
-        return crate::failure::usage("--sizes: at least one concept must be merged");
+        return failure::usage("--sizes: at least one concept must be merged");
+    }
+    let one_strategy =
+        |set: &Set| if args.drift { set.strategies.len() == 1 } else { set.strategies == [Strategy::Blocklora] };
+    if (args.drift || args.cross_talk) && !args.set.iter().all(one_strategy) {
+        return failure::usage(match args.drift {
+            true => "--set: with --drift give one strategy for each folder",
+            false => "--set: with --cross-talk give folders alone, which are merged by blocklora",
+        });
     }
     let concepts = Concepts::open(&folder_or(args.concepts.as_deref(), "concepts")?)?;
     let clip = folder_or(args.clip.as_deref(), "clip")?;

@@ -1,4 +1,4 @@
-//! A model with adapters: what every command that draws or merges works on.
+//! A model with adapters in this process: what `score` works on. `import` loads a model alone.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use blocklora_engine::text;
 use blocklora_engine::{DType, Device};
 use blocklora_spec::Adapter;
 
-use crate::args::{ModelArgs, Precision};
+use crate::args::{OwnModelArgs, Precision};
 use crate::{base, progress};
 
 impl From<Precision> for DType {
@@ -27,9 +27,9 @@ impl From<Precision> for DType {
 }
 
 /// Loads the model that `args` names.
-pub fn open_model(args: &ModelArgs) -> anyhow::Result<Model> {
+pub fn open_model(args: &OwnModelArgs) -> anyhow::Result<Model> {
     let folder = base::folder(args.base.as_deref())?;
-    load_model(&folder, args.precision.unwrap_or(Precision::F32).into())
+    load_model(&folder, args.precision.into())
 }
 
 /// Loads the model in `folder`.

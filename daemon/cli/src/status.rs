@@ -1,6 +1,7 @@
 //! `blocklora status`: what the daemon is and does.
 
 use blocklora_client::{JobEntry, ModelState, Options as Filter, Status};
+use blocklora_service::plugins::words::shown;
 
 use crate::daemon::{self, State};
 use crate::output;
@@ -77,7 +78,7 @@ fn describe(json: &Json) -> String {
     text += &format!("queue     {} of {}\n", d.queue_length, d.queue_limit);
     for job in &json.jobs {
         let progress = if job.progress_valid { format!(" {:.0} %", 100.0 * job.progress) } else { String::new() };
-        text += &format!("job       {} {} {}{progress}  {}\n", job.id, job.kind, job.state, job.description);
+        text += &format!("job       {} {} {}{progress}  {}\n", job.id, job.kind, job.state, shown(&job.description));
     }
     text
 }

@@ -18,9 +18,9 @@ use crate::args::{KindArg, ModelArgs, StorageArg};
 use crate::concepts::Concepts;
 use crate::daemon::{self, Daemon, State, choose_model, watch};
 use crate::failure::Interrupted;
-use crate::methods;
 use crate::output::{self, OutputFile};
 use crate::words::Words;
+use crate::{interrupt, methods};
 use rows::Rows;
 
 /// Teach the model a concept from a folder of pictures
@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Which block of rows the concept owns: a number below the partition's capacity, or "none" for all rows [default:
-    /// the lowest slot that no adapter in the output's folder or in the daemon's library has]
+    /// the lowest slot that no adapter or unfinished training in the output's folder has, nor one of the daemon's library]
     #[arg(long, value_name = "N")]
     slot: Option<Slot>,
     /// Training steps [default: what the settings say]
@@ -154,7 +154,7 @@ async fn teach(
         None => {
             let resume = checkpoint::begin(&args.output, &asked, args.resume)?;
             if let Some(adapter) = checkpoint::finished(&args.output) {
-                let (trained, rows, file) = checkpoint::trained(&adapter, args.licence.as_deref())?;
+                let (trained, rows, file) = checkpoint::trained(&adapter, args)?;
                 return Ok((trained, rows, vec![file], true));
             }
             (daemon::start(options, state).await?, resume)
@@ -211,7 +211,8 @@ async fn teach_with(
         ..watch::Look::bar("training", settings.steps.unwrap_or(0))
     };
     let trained = match watch::follow(&job, look).await {
-        Err(error) if watch::is_cancelled(&error) => {
+        // Somebody else may cancel it, too, and need not keep anything.
+        Err(error) if watch::is_cancelled(&error) && interrupt::requested() => {
             let kept = if daemon.is_private() {
                 format!("saved in {}", checkpoint::shown(&args.output))
             } else {

@@ -25,11 +25,28 @@ fn usage_errors_are_one_line_with_exit_code_2() {
     fails(&["generate", "a cat", "--with", "x=y", "-o", "x.png"], &["\"y\" is not a number"]);
     fails(&["merge", "-o", "x"], &["FILE"]);
     fails(&["inspect"], &["FILE"]);
+    // A plot is not drawn over the second of two adapters.
+    adapter(folder.path(), &Make::default());
+    adapter(folder.path(), &Make { name: "zuko", slot: Some(1), ..Make::default() });
+    fails(&["inspect", "--plot", "milo.safetensors", "zuko.safetensors"], &["--plot milo.safetensors", ".svg"]);
+    fails(&["generate", "a cat", "--size", "5000000000", "-o", "x.png"], &["5000000000 pixels are too many"]);
     fails(&["export", "x.safetensors", "--format", "gif", "-o", "x"], &["gif", "kohya"]);
     fails(&["train", "--images", ".", "--class", "dog", "--name", "x"], &["--output"]);
     fails(&["train", "--images", ".", "--class", "dog", "--name", "x", "--slot", "16", "-o", "x"], &["0 to 15"]);
     fails(&["score", "--set", "x=nonsense"], &["nonsense"]);
     fails(&["score", "--sizes", "0"], &["--sizes"]);
+    // Options that mean nothing are not ignored.
+    for option in ["--layers=unet.", "--sizes=2"] {
+        fails(&["score", "--drift", option], &["--drift", &option[..7]]);
+        fails(&["score", "--cross-talk", option], &["--cross-talk", &option[..7]]);
+    }
+    fails(&["score", "--cross-talk", "--steps", "2"], &["--cross-talk", "--steps"]);
+    fails(&["score", "--drift", "--set", "x=average,blocklora"], &["--set", "--drift", "one strategy"]);
+    fails(&["score", "--cross-talk", "--set", "x=average"], &["--set", "--cross-talk", "blocklora"]);
+    fails(&["bench", "start", "--steps", "2"], &["--steps"]);
+    fails(&["bench", "text", "--latents", "2"], &["--latents"]);
+    fails(&["bench", "unet", "--checkpointing"], &["--checkpointing"]);
+    fails(&["doctor", "--precision", "f16"], &["--precision"]);
 }
 
 #[test]
@@ -206,7 +223,12 @@ fn what_is_there_is_not_overwritten_by_folders() {
     }
     fails(&["generate", "a cat", "-o", "full"], &["full", "is a folder"]);
     fails(&["generate", "a cat", "-o", "no/where.png"], &["no", "does not exist"]);
-    fails(&["inspect", "milo.safetensors", "--plot", "full"], &["full", "is a folder"]);
+    let with = ["generate", "a cat", "--with", "milo.safetensors", "-o", "./milo.safetensors"];
+    fails(&with, &["milo", "which would be lost"]);
+    std::fs::create_dir(folder.path().join("full.svg")).unwrap();
+    fails(&["inspect", "milo.safetensors", "--plot", "full.svg"], &["full.svg", "is a folder"]);
+    std::fs::copy(folder.path().join("milo.safetensors"), folder.path().join("milo.svg")).unwrap();
+    fails(&["inspect", "milo.svg", "--plot", "./milo.svg"], &["milo.svg", "which would be lost"]);
     fails(&["demo", "-o", "full"], &["full", "is a folder"]);
 }
 

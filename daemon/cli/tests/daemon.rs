@@ -176,6 +176,9 @@ fn a_command_that_is_stopped_at_once_leaves_nothing_behind() {
         assert!(!child.wait().unwrap().success());
         common::until("the daemon's end", || daemons(&tmp).is_empty());
         assert!(snapshot(&tmp).is_empty(), "{signals:?}: {:?}", snapshot(&tmp));
+        // Who is killed cannot remove the files that hold the pictures' places.
+        let left = snapshot(folder.path());
+        assert!(signals == ["KILL"] || left.len() == 1, "{left:?}");
     }
 }
 

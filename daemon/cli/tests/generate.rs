@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -72,6 +73,37 @@ fn a_size_of_ones_own_is_kept() {
     let (width, height) = (own.width(), 2 * own.height());
     let tall = draw(folder.path(), "b.png", "a cat", &["--size", &format!("{width}x{height}")]);
     assert_eq!((tall.width(), tall.height()), (width, height));
+}
+
+/// Permissions of `path` and of everything in it.
+fn modes(path: &Path) -> Vec<u32> {
+    let own = path.metadata().unwrap().permissions().mode() & 0o777;
+    let entries = path.read_dir().into_iter().flatten().map(|entry| entry.unwrap().path());
+    entries.flat_map(|entry| modes(&entry)).chain([own]).collect()
+}
+
+#[test]
+fn the_umask_decides_who_may_read_what_is_written() {
+    let folder = temporary();
+    let milo = adapter(folder.path(), &Make::default());
+    for (umask, file_mode, folder_mode) in [("077", 0o600, 0o700), ("027", 0o640, 0o750)] {
+        for (name, args) in [
+            ("x.png", &["generate", "a cat", "--steps", "1"][..]),
+            ("merged", &["merge", text(&milo)]),
+            ("k.safetensors", &["export", text(&milo), "--format", "kohya"]),
+            ("peft", &["export", text(&milo), "--format", "peft"]),
+        ] {
+            let output = folder.path().join(format!("{umask}-{name}"));
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\""), common::BLOCKLORA]).args(args);
+            command.arg("-o").arg(&output).env("BLOCKLORA_DAEMON", "private").env("XDG_STATE_HOME", folder.path());
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            let modes = modes(&output);
+            assert!(modes.iter().all(|mode| [file_mode, folder_mode].contains(mode)), "{umask} {name}: {modes:?}");
+            assert_eq!(modes.last(), Some(if output.is_dir() { &folder_mode } else { &file_mode }), "{umask} {name}");
+        }
+    }
 }
 
 /// Merged weights are rounded once, to the type of the base model's file, whether they stay in memory in that type or

@@ -89,9 +89,7 @@ fn every_command_option_and_argument_is_explained() {
 fn every_command_has_json() {
     for (command, help) in all() {
         let is_group = command.is_empty() || help.contains("Commands:");
-        let own_form =
-            ["export", "bench"].iter().any(|name| command.first().is_some_and(|c| c == name)) && command.len() == 1;
-        assert!(is_group || own_form || help.contains("--json"), "{command:?} has no --json");
+        assert!(is_group || help.contains("--json"), "{command:?} has no --json");
     }
 }
 

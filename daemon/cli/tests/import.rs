@@ -46,7 +46,9 @@ fn exports_of_a_bundled_concept_come_back_and_draw_the_same() {
     assert!(expected != draw(folder.path(), "a bear on a table", &[]), "the concept changes nothing");
     for format in ["kohya", "diffusers", "peft"] {
         let (foreign, back) = (path(&format!("{format}-lora")), path(&format!("{format}.safetensors")));
-        succeeds(["export", text(&bundled()), "--format", format, "-o", text(&foreign)]);
+        let said = succeeds(["export", text(&bundled()), "--format", format, "-o", text(&foreign), "--json"]);
+        let said: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(said, json!({"path": text(&foreign), "format": format, "embedding": null}));
         let said = succeeds(["import", text(&foreign), "-o", text(&back), "--class", "bear", "--json"]);
         let said: Value = serde_json::from_str(&said).unwrap();
         let imported = Adapter::open(&back).unwrap();
@@ -148,6 +150,12 @@ fn foreign_files_are_named_with_what_to_do() {
     fails(&["import", "gone.safetensors", "-o", "x.safetensors"], &["gone.safetensors", "No such file"]);
     fails(&["import", ".", "-o", "x.safetensors"], &["adapter_config.json"]);
     fails(&["import", "k.safetensors", "-o", "k.safetensors"], &["k.safetensors", "which would be lost"]);
+    export::peft(&Adapter::open(bundled()).unwrap(), path("peft")).unwrap();
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        let output = format!("peft/unet/{name}");
+        fails(&["import", "peft", "-o", &output], &[name, "which would be lost"]);
+        fails(&["import", "peft/unet", "-o", &output], &[name, "which would be lost"]);
+    }
     fails(&["import", "k.safetensors", "-o", "x.safetensors", "--base", "gone"], &["gone", "is not a folder"]);
     fails(&["import", "k.safetensors", "-o", "x.safetensors", "--name", "a b"], &["a b", "1 to 64"]);
     fails(&["import", "k.safetensors", "-o", "x.safetensors", "--class", ""], &["class_word"]);

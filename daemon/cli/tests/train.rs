@@ -53,10 +53,14 @@ fn has_checkpoint(folder: &Path) -> bool {
     })
 }
 
-/// Starts training and waits for its first checkpoint.
+/// Starts training in slot 0 and waits for its first checkpoint.
 fn start(folder: &Path, output: &str) -> Child {
+    start_with(folder, output, &["--slot", "0"])
+}
+
+fn start_with(folder: &Path, output: &str, more: &[&str]) -> Child {
     let mut command = common::command();
-    command.args(train(output, &["--slot", "0"])).current_dir(folder).stderr(Stdio::piped()).stdout(Stdio::null());
+    command.args(train(output, more)).current_dir(folder).stderr(Stdio::piped()).stdout(Stdio::null());
     let mut child = command.spawn().unwrap();
     let started = Instant::now();
     while !has_checkpoint(&folder.join(format!("{output}.checkpoint"))) {
@@ -182,6 +186,11 @@ fn what_could_not_be_written_is_not_trained_again() {
     assert_eq!(ended.status.code(), Some(1), "{}", String::from_utf8_lossy(&ended.stderr));
     std::fs::remove_dir_all(path.join("x.st")).unwrap();
     fails(path, 1, &train("x.st", &["--slot", "0"]), &["checkpoint", "--resume"]);
+    // It is written as it was trained.
+    for (option, value) in [("--storage", "f16"), ("--licence", "CC-BY-4.0")] {
+        let other = ["--slot", "0", "--resume", option, value];
+        fails(path, 1, &train("x.st", &other), &["trained with another", option]);
+    }
     let said = run_in(path, &train("x.st", &["--slot", "0", "--resume", "--json"]));
     let said: serde_json::Value = serde_json::from_str(&said).unwrap();
     assert_eq!((&said["resumed_at"], &said["slot"]), (&6.into(), &0.into()));
@@ -219,6 +228,33 @@ fn slots_are_chosen_by_who_is_there() {
     std::fs::write(path.join("settings.toml"), SETTINGS).unwrap();
     run_in(path, &train("h.safetensors", &["--steps", "1", "--name", "h"]));
     assert_eq!([slot("g.safetensors"), slot("h.safetensors")], [Some(2), Some(3)]);
+}
+
+#[test]
+fn an_interrupted_training_keeps_its_slot() {
+    let folder = temporary();
+    let path = folder.path();
+    prepare(path, SETTINGS);
+    let slot = |name: &str| Adapter::open(path.join(name)).unwrap().manifest().partition.map(|p| p.slot);
+    let mut interrupted = start_with(path, "a.safetensors", &["--name", "a"]);
+    assert!(Command::new("kill").args(["-INT", &interrupted.id().to_string()]).status().unwrap().success());
+    assert_eq!(interrupted.wait().unwrap().code(), Some(130));
+    // It is in nobody's way, and nobody is in its way, also who insists.
+    run_in(path, &train("b.safetensors", &["--steps", "1", "--name", "b"]));
+    run_in(path, &train("c.safetensors", &["--steps", "1", "--name", "c", "--slot", "0"]));
+    run_in(path, &train("a.safetensors", &["--name", "a", "--resume"]));
+    assert_eq!(["a", "b", "c"].map(|name| slot(&format!("{name}.safetensors"))), [Some(0), Some(1), Some(0)]);
+    // Two that begin at once have a slot each.
+    let both = ["d", "e"].map(|name| {
+        let output = format!("{name}.safetensors");
+        let mut command = common::command();
+        command.args(train(&output, &["--steps", "1", "--name", name])).current_dir(path).stdout(Stdio::null());
+        command.spawn().unwrap()
+    });
+    assert!(both.into_iter().all(|mut child| child.wait().unwrap().success()));
+    let mut slots = ["d.safetensors", "e.safetensors"].map(slot);
+    slots.sort_unstable();
+    assert_eq!(slots, [Some(2), Some(3)]);
 }
 
 #[test]

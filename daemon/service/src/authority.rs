@@ -59,8 +59,8 @@ impl Authority {
             return if action == "generate" { Ok(()) } else { Err(refused("polkit cannot be asked here")) };
         };
         let subject = match caller.peer.kind {
-            PeerKind::Socket { uid, pid } => {
-                let start = start_time(pid).ok_or_else(|| refused("the calling process has ended"))?;
+            PeerKind::Socket { uid, pid, start } => {
+                let start = start.ok_or_else(|| refused("the process that connected has ended"))?;
                 let details = HashMap::from([
                     ("pid", Variant::from(pid)),
                     ("start-time", Variant::from(start)),
@@ -85,8 +85,9 @@ impl Authority {
     }
 }
 
-/// When a process started, in clock ticks after boot: with it a process id cannot be taken over.
-fn start_time(pid: u32) -> Option<u64> {
+/// When a process started, in clock ticks after boot. It is read when a client connects; polkit compares it with that of
+/// the process which has the id when it is asked, and so refuses one that took the id over since.
+pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything; the start time is the 20th field after it.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()

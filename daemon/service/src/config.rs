@@ -165,6 +165,7 @@ pub struct Limits {
     pub adapter_bytes_per_client_max: u64,
     pub connections_max: usize,
     pub calls_per_client_max: usize,
+    pub compositions_per_client_max: usize,
 }
 
 impl Default for Limits {
@@ -175,6 +176,7 @@ impl Default for Limits {
             adapter_bytes_per_client_max: 1 << 30,
             connections_max: 512,
             calls_per_client_max: 1024,
+            compositions_per_client_max: 256,
         }
     }
 }
@@ -250,6 +252,9 @@ impl Config {
         }
         if self.limits.calls_per_client_max == 0 {
             return fail("calls_per_client_max", "must be at least 1");
+        }
+        if self.limits.compositions_per_client_max == 0 {
+            return fail("compositions_per_client_max", "must be at least 1");
         }
         for (key, id) in [("merge_strategy", &self.plugins.merge_strategy), ("sampler", &self.plugins.sampler)] {
             if id.is_empty() {

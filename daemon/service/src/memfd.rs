@@ -63,6 +63,11 @@ impl Write for Sparse {
     }
 }
 
+/// The bytes of a file.
+pub fn size(fd: impl AsFd) -> io::Result<u64> {
+    Ok(u64::try_from(fstat(&fd)?.st_size).unwrap_or(0))
+}
+
 /// Reads all of `fd`, which a client sent: a regular file or a memfd of at most `bytes_max`. `what` names it in errors.
 /// The size is that of the beginning; a file that gets shorter while it is read is an error, not a crash, because
 /// nothing maps it.

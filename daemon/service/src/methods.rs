@@ -59,8 +59,10 @@ pub struct MethodInfo {
 
 /// Gives methods by id. Implementations check configurations completely; errors name the key at fault.
 pub trait Methods: Send + Sync {
-    /// All methods, usable or not.
+    /// All methods, usable or not, as the last [`Self::refresh`] found them: this never waits.
     fn list(&self) -> Vec<MethodInfo>;
+    /// Looks for methods again. What is new is tried, which may take long.
+    fn refresh(&self);
     /// The sampler `id`.
     fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn Sampler>>;
     /// The merge strategy `id`.

@@ -79,6 +79,11 @@ impl ModelObject {
     pub fn object_path(&self) -> String {
         path_of("model", &self.id)
     }
+    /// Whether it is in memory, or on its way there.
+    pub fn is_in_use(&self) -> bool {
+        let state = self.state();
+        state.loaded.is_some() || state.state == "loading"
+    }
     /// How long it stays loaded after its last use; none: for ever.
     pub fn keep_alive(&self, idle_unload: Option<Duration>) -> Option<Duration> {
         match self.state().keep_alive_usec {

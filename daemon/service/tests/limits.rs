@@ -292,7 +292,8 @@ async fn adapters_of_connections_are_bounded_in_bytes_and_in_files() {
     bring(&other, &more).await.unwrap();
     drop(client);
     until("the end of the brought adapters", || async { bring(&other, &first).await.is_ok() }).await;
-    for file in &all {
+    // With these two.
+    for file in &all[..30] {
         bring(&other, file).await.unwrap();
     }
     alive(&mut daemon, &other).await;
@@ -336,6 +337,87 @@ async fn previews_leave_files_for_the_others() {
     assert!(error.starts_with("NotSupported: 32 previews are watched"), "{error}");
     client.call::<_, ()>(&jobs[1], "Job", "Cancel", &("", Dict::new())).await.unwrap();
     watch(&jobs[2]).await.unwrap();
+    // Also of a job that waits: who no longer watches takes no room.
+    let waiting = client.generate("/", stub::picture("a dog", 1, 1), Dict::new()).await.unwrap();
+    drop(watched);
+    let mut watched = Vec::new();
+    for job in [&jobs[2], &waiting].iter().cycle().take(30) {
+        watched.push(watch(job).await.unwrap());
+    }
+    drop(watched);
+    for _ in 0..16 {
+        watch(&waiting).await.unwrap();
+    }
+    alive(&mut daemon, &client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_greets_with_an_empty_line_keeps_no_place() {
+    let mut daemon = stub::daemon("[limits]\nconnections_max = 2\n");
+    for _ in 0..3 {
+        let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(b"\n").unwrap();
+        // It is disconnected at once, not when its time is over.
+        assert!(matches!(stream.read(&mut [0; 64]), Ok(0)));
+    }
+    let client = daemon.client().await;
+    alive(&mut daemon, &client).await;
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waited_for_a_job_and_has_gone_leaves_nothing_open() {
+    let mut daemon = stub::daemon("");
+    let client = daemon.client().await;
+    let mut params = stub::picture("a dog", 1, 900);
+    params.extend(dict([("count", 1000u32.into())]));
+    let job = client.generate("/", params, Dict::new()).await.unwrap();
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap().count();
+    until("the start", || async { client.get::<String>(&job, "Job", "State").await == "running" }).await;
+    let before = open();
+    for _ in 0..50 {
+        let other = daemon.client().await;
+        let call = zbus::Message::method_call(job.as_str(), "Wait").interface("org.blocklora.Daemon1.Job");
+        other.connection.send(&call.build(&()).unwrap()).await.unwrap();
+        // The call has arrived: this one comes behind it.
+        other.call::<_, u64>(ROOT, "Manager", "CountLibrary", &(Dict::new(),)).await.unwrap();
+        other.connection.close().await.unwrap();
+    }
+    until("the end of the connections", || async { open() < before + 10 }).await;
+    client.call::<_, ()>(&job, "Job", "Cancel", &("", Dict::new())).await.unwrap();
+    alive(&mut daemon, &client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compositions_are_bounded_and_a_merging_that_fails_leaves_none() {
+    let mut daemon = stub::daemon("[limits]\ncompositions_per_client_max = 3\n");
+    let client = daemon.client().await;
+    let running = client.generate("/", stub::picture("a dog", 1, 900), Dict::new()).await.unwrap();
+    for _ in 0..5 {
+        let parts = ("", common::entries_of(&[]), Dict::new());
+        let job: OwnedObjectPath = client.call(ROOT, "Manager", "Merge", &parts).await.unwrap();
+        client.call::<_, ()>(job.as_str(), "Job", "Cancel", &("", Dict::new())).await.unwrap();
+        assert!(client.wait(job.as_str()).await.unwrap_err().starts_with("Cancelled: "));
+    }
+    client.call::<_, ()>(&running, "Job", "Cancel", &("", Dict::new())).await.unwrap();
+    let keep = || dict([("lifetime", "daemon".into())]);
+    let mut sets = Vec::new();
+    for _ in 0..3 {
+        sets.push(client.compose_on(stub::STUB, &[], Dict::new()).await.unwrap());
+        client.compose_on(stub::STUB, &[], keep()).await.unwrap();
+    }
+    let full = |error: String, whose: &str| {
+        let expected = format!("NotSupported: 3 compositions of this {whose} are open");
+        assert!(error.starts_with(&expected) && error.contains("limits.compositions_per_client_max"), "{error}");
+    };
+    full(client.compose_on(stub::STUB, &[], Dict::new()).await.unwrap_err(), "client");
+    // Those that stay are counted by user: another connection does not help.
+    let again = daemon.client().await;
+    full(again.compose_on(stub::STUB, &[], keep()).await.unwrap_err(), "user");
+    again.compose_on(stub::STUB, &[], Dict::new()).await.unwrap();
+    client.call::<_, ()>(&sets[0], "Composition", "Close", &()).await.unwrap();
+    client.compose_on(stub::STUB, &[], Dict::new()).await.unwrap();
     alive(&mut daemon, &client).await;
 }
 

@@ -76,6 +76,10 @@ async fn others_on_the_system_bus_get_no_adapters_and_no_texts() {
     let (manager, adapter, of_job) = (format!("{NAME}.Manager"), format!("{NAME}.Adapter"), format!("{NAME}.Job"));
     let other = |args: &[&str]| busctl(&bus.address, args);
     refused(other(&["call", NAME, ROOT, &manager, "OpenAdapter", "sa{sv}", "poodle", "0"]), "generate");
+    refused(other(&["call", NAME, ROOT, &manager, "EmptyJob", "a{sv}", "0"]), "generate");
+    let set = client.compose(&[(&poodle, 1.0)], Dict::new()).await.unwrap();
+    let of_set = format!("{NAME}.Composition");
+    refused(other(&["call", NAME, &set, &of_set, "Explain", "a{sv}", "0"]), "generate");
     refused(other(&["call", NAME, &poodle, &adapter, "Inspect", "a{sv}", "0"]), "generate");
     refused(other(&["call", NAME, &poodle, &adapter, "Export", "sa{sv}", "blocklora", "0"]), "generate");
     refused(other(&["call", NAME, &poodle, &adapter, "Unregister", "a{sv}", "0"]), "manage-models");

@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{Bus, Client, Daemon, Dict, NAME, ROOT, dict, long};
+use common::hostile::Hostile;
+use common::{Bus, Client, Daemon, Dict, NAME, ROOT, alive, dict, long, until};
 use futures_util::StreamExt;
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
@@ -46,7 +47,7 @@ impl Changes {
 }
 
 /// What changes is told: also of the root, and where one object's change is another's.
-async fn told(client: &Client) {
+async fn told(daemon: &Daemon, client: &Client) {
     let mut changes = Changes::of(client).await;
     let set = (format!("{NAME}.Manager"), "IdleUnloadUSec", Variant::from(9_000_000u64));
     client.call::<_, ()>(ROOT, PROPERTIES, "Set", &set).await.unwrap();
@@ -74,6 +75,16 @@ async fn told(client: &Client) {
     client.register("teddy").await;
     assert_eq!(shown(changes.next(&set, "Entries").await), teddy);
     client.call::<_, ()>(&set, "Composition", "Close", &()).await.unwrap();
+    // The library's file is gone, which whoever reads it finds out; and it is there again.
+    let problems = |value: OwnedVariant| Vec::<(String, String)>::try_from(value).unwrap();
+    let file = daemon.state().join("adapters").join(format!("{}.safetensors", teddy.rsplit('/').next().unwrap()));
+    std::fs::rename(&file, file.with_extension("away")).unwrap();
+    client.call::<_, OwnedObjectPath>(ROOT, "Manager", "ValidateLibrary", &(Dict::new(),)).await.unwrap();
+    let found = problems(changes.next(&teddy, "Problems").await);
+    assert!(found.len() == 1 && found[0].0.ends_with("AdapterNotFound"), "{found:?}");
+    std::fs::rename(file.with_extension("away"), &file).unwrap();
+    client.call::<_, Dict>(&teddy, "Adapter", "Inspect", &(Dict::new(),)).await.unwrap();
+    assert_eq!(problems(changes.next(&teddy, "Problems").await), []);
     // A plugin that is disabled is usable no more, and the error says what to do.
     let plugin = format!("{ROOT}/plugin/merge_2dties");
     let names = |value: OwnedVariant| Vec::<String>::try_from(value).unwrap();
@@ -96,12 +107,56 @@ fn daemon(bus: Option<&Bus>, records: &tempfile::TempDir) -> Daemon {
 async fn what_changes_is_told_on_the_socket() {
     let records = tempfile::tempdir().unwrap();
     let daemon = daemon(None, &records);
-    told(&daemon.client().await).await;
+    told(&daemon, &daemon.client().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_is_told_on_a_message_bus() {
     let (bus, records) = (Bus::start(), tempfile::tempdir().unwrap());
-    let _daemon = daemon(Some(&bus), &records);
-    told(&Client::on_bus(&bus).await).await;
+    let daemon = daemon(Some(&bus), &records);
+    told(&daemon, &Client::on_bus(&bus).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plugins_come_and_go_and_one_that_hangs_holds_nobody_up() {
+    let hostile = Hostile::install();
+    let mut daemon = hostile.daemon("in-process");
+    let client = daemon.client().await;
+    let plugin = format!("{ROOT}/plugin/merge_2dhostile");
+    let names = |value: OwnedVariant| Vec::<String>::try_from(value).unwrap();
+    // A new library under the old name, whose initialiser does not end.
+    hostile.set_mode("hang-load");
+    let since = std::time::Instant::now();
+    hostile.change("merge");
+    while since.elapsed() < std::time::Duration::from_secs(6) {
+        let asked = std::time::Instant::now();
+        alive(&mut daemon, &client).await;
+        client.get::<Vec<String>>(ROOT, "Manager", "Strategies").await;
+        assert!(asked.elapsed() < std::time::Duration::from_secs(5), "{:?}", asked.elapsed());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    // The scan goes on for a while.
+    let mut changes = Changes::of(&client).await;
+    assert!(!names(changes.next(ROOT, "Strategies").await).contains(&"hostile".to_owned()));
+    // Unread, it would hold up the connection.
+    drop(changes);
+    until("the quarantine", || async { client.get::<String>(&plugin, "Plugin", "State").await == "quarantined" }).await;
+    hostile.set_mode("");
+    hostile.remove("merge");
+    let gone = || async { client.message(&plugin, PROPERTIES, "GetAll", &(format!("{NAME}.Plugin"),)).await.is_err() };
+    until("the end of the object", gone).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_folder_of_a_configured_model_counts_from_the_reload_on() {
+    let records = tempfile::tempdir().unwrap();
+    let daemon = daemon(None, &records);
+    let client = daemon.client().await;
+    let model = format!("{ROOT}/model/one");
+    for folder in ["/nowhere", "/elsewhere"] {
+        let text = format!("[models]\nfolders = {{ one = {folder:?} }}\n");
+        std::fs::write(daemon.dir.path().join("blocklora.toml"), text).unwrap();
+        client.call::<_, ()>(ROOT, "Manager", "Reload", &(Dict::new(),)).await.unwrap();
+        assert_eq!(client.get::<String>(&model, "Model", "Path").await, folder);
+    }
 }

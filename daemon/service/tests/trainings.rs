@@ -132,6 +132,43 @@ async fn a_training_that_cannot_go_on_gives_its_slot_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_good_for_one_training() {
+    let mut daemon = Daemon::start();
+    let client = daemon.client().await;
+    let (lease, slot): (String, u32) =
+        client.call(ROOT, "Manager", "LeaseSlot", &(Dict::new(), Dict::new())).await.unwrap();
+    let on_it = || dict([("lease", lease.clone().into())]);
+    // One that cannot be queued leaves the lease as it was.
+    let wrong = dict([("lease", lease.clone().into()), ("model", "none".into())]);
+    train(&client, "rex", 100_000, wrong).await.unwrap_err();
+    let job = train(&client, "rex", 100_000, on_it()).await.unwrap();
+    let error = train(&client, "max", 100_000, on_it()).await.unwrap_err();
+    assert!(error.starts_with("InvalidOption: there is no lease"), "{error}");
+    let held = slots(&client).await;
+    assert_eq!((held.len(), number(&held[0], "slot")), (1, slot));
+    client.call::<_, ()>(&job, "Job", "Cancel", &("", Dict::new())).await.unwrap();
+    client.wait(&job).await.unwrap_err();
+    is_over(&mut daemon).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_keeps_its_time_limit_over_a_restart() {
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(8);
+    let mut daemon = Daemon::start();
+    let client = daemon.client().await;
+    let since = std::time::Instant::now();
+    let limit = dict([("timeout_usec", (LIMIT.as_micros() as u64).into())]);
+    let job = train(&client, "rex", 100_000, limit).await.unwrap();
+    let asked = client.get::<u64>(&job, "Job", "CreatedUSec").await;
+    daemon.kill();
+    daemon.restart();
+    let client = daemon.client().await;
+    assert_eq!(client.get::<u64>(&job, "Job", "CreatedUSec").await, asked);
+    let error = client.wait(&job).await.unwrap_err();
+    assert!(error.starts_with("TimedOut: ") && since.elapsed() >= LIMIT, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn accepted_trainings_outlive_the_limits_of_the_queue() {
     let mut daemon = Daemon::start_with(None, "[jobs]\nqueue_limit = 2\nqueue_limit_per_client = 1\n", &[]);
     let clients = [daemon.client().await, daemon.client().await, daemon.client().await];

@@ -66,7 +66,7 @@ pub struct Report {
     pub plugin: String,
     /// The seed of all random numbers.
     pub seed: u64,
-    /// Whether every test is fine.
+    /// Whether every test was run and is fine.
     pub passed: bool,
     /// The tests in the order in which they ran.
     pub tests: Vec<Outcome>,
@@ -83,12 +83,15 @@ impl Report {
         let count = |fine: bool| self.tests.iter().filter(|t| t.status.is_fine() == fine).count();
         if self.passed {
             let _ = writeln!(text, "{} tests are fine; seed {}", count(true), self.seed);
+        } else if count(false) == 0 {
+            let _ = writeln!(text, "not all tests were run");
         } else {
             let _ = writeln!(text, "{} of {} tests failed; to repeat one:", count(false), self.tests.len());
             let failed = self.tests.iter().filter(|t| !t.status.is_fine());
             for test in failed {
-                let (file, seed) = (&self.file, self.seed);
-                let _ = writeln!(text, "  blocklora plugin check {file} --test {} --reproduce {seed}", test.test);
+                let (file, level, name, seed) = (&self.file, test.level.number(), &test.test, self.seed);
+                let _ =
+                    writeln!(text, "  blocklora plugin check {file} --level {level} --test {name} --reproduce {seed}");
             }
         }
         text

@@ -87,6 +87,24 @@ fn a_plugin_that_hangs_is_ended() {
     assert_eq!(report.tests[0].message, "it did not end within 2 s");
 }
 
+#[test]
+fn a_run_that_was_cancelled_has_not_passed() {
+    let (_folder, file) = hostile("merge");
+    let asked = std::cell::Cell::new(0);
+    let options = Options {
+        runner: vec!["env".into(), "BLOCKLORA_HOSTILE=honest".into(), PROGRAM.into(), "__one".into()],
+        level: Level::Behaviour,
+        only: Vec::new(),
+        seed: 1,
+        limit: Duration::from_secs(60),
+        // While the first tests run.
+        is_cancelled: &|| asked.replace(asked.get() + 1) > 20,
+    };
+    let report = check(&file, &options).unwrap();
+    assert!(failures(&report).is_empty() && !report.passed, "{}", report.to_text());
+    assert!(report.to_text().ends_with("not all tests were run\n"), "{}", report.to_text());
+}
+
 /// Compiles the C file with these definitions into a library that a manifest names.
 fn refused(definitions: &[&str]) -> (tempfile::TempDir, std::path::PathBuf) {
     let (folder, file) = hostile("merge");
@@ -194,4 +212,9 @@ fn a_run_is_told_to_people_and_to_programs_and_can_be_repeated() {
         |r: &blocklora_check::Report| r.tests.iter().find(|t| t.test == "merge.identity").unwrap().message.clone();
     assert_eq!(message(&repeated), message(&report));
     assert_eq!(call(&["--level", "9"]).status.code(), Some(2));
+    // The line that is printed for a test of the highest level runs that test, too.
+    let text = String::from_utf8(call(&["--level", "3", "--test", "merge.random"]).stdout).unwrap();
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("blocklora plugin check "));
+    let arguments: Vec<&str> = line.unwrap().split(' ').skip(1).collect();
+    assert_eq!(String::from_utf8(call(&arguments).stdout).unwrap().lines().count(), text.lines().count(), "{text}");
 }

@@ -13,6 +13,7 @@ use zbus::message::Type;
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, MatchRule, MessageStream, ObjectPath, OwnedObjectPath};
 
+use crate::client::BUS_NAME;
 use crate::error::{Error, Result};
 use crate::memfd;
 use crate::previews::{self, Previews};
@@ -158,22 +159,26 @@ impl<R: DeserializeOwned> Job<R> {
 
     /// Its states from now on.
     pub async fn progress(&self) -> Result<Progress> {
-        let proxy = self.proxy.inner().clone();
-        let rule = MatchRule::builder().msg_type(Type::Signal).path(self.path().clone()).build()?;
-        let connection = proxy.connection().clone();
-        if !connection.is_bus() {
-            // On its own socket the daemon must be told, too, or only this connection's jobs send signals.
-            let bus = Some("org.freedesktop.DBus");
-            let added = connection.call_method(bus, "/org/freedesktop/DBus", bus, "AddMatch", &rule.to_string()).await;
-            added.map_err(Error::from)?;
-        }
-        let mut signals = MessageStream::for_match_rule(rule, &connection, None).await?;
-        // Subscribed first, asked second: no change is missed.
-        let mut known = object_of(&properties::all(&connection, self.path().as_str(), INTERFACE).await?);
-        let state = |known: &Map<String, Value>| {
-            serde_json::from_value::<JobState>(Value::Object(known.clone())).map_err(Error::protocol)
+        let connection = self.proxy.inner().connection().clone();
+        let rule = MatchRule::builder().msg_type(Type::Signal).path(self.path().clone());
+        // On a bus others may send such signals, too.
+        let rule = if connection.is_bus() { rule.sender(BUS_NAME) } else { rule }.build()?;
+        told(&connection, "AddMatch", &rule).await?;
+        let begun = async {
+            let signals = MessageStream::for_match_rule(rule.clone(), &connection, None).await?;
+            // Subscribed first, asked second: no change is missed.
+            let known = object_of(&properties::all(&connection, self.path().as_str(), INTERFACE).await?);
+            let first = state(&known)?;
+            Ok::<_, Error>((signals, known, first))
         };
-        let first = state(&known)?;
+        let (mut signals, mut known, first) = match begun.await {
+            Ok(begun) => begun,
+            Err(error) => {
+                // What matters is the first error.
+                let _ = told(&connection, "RemoveMatch", &rule).await;
+                return Err(error);
+            }
+        };
         let (sender, receiver) = watch::channel(first);
         let job = self.proxy.clone();
         // A task of its own takes the signals as they come: a slow reader holds up nothing and misses only old news.
@@ -204,6 +209,9 @@ impl<R: DeserializeOwned> Job<R> {
                     });
                 }
             }
+            drop(signals);
+            // The daemon may have gone, and the rule with it.
+            let _ = told(&connection, "RemoveMatch", &rule).await;
         });
         let states = stream::unfold((receiver, true), |(mut receiver, first)| async move {
             if !first {
@@ -220,6 +228,22 @@ impl<R: DeserializeOwned> Job<R> {
         let options = Options::new().with("interval_usec", interval_usec).with("max_side", max_side);
         previews::from_fd(self.proxy.open_previews(&options.into_dict()).await?.into())
     }
+}
+
+/// Tells the daemon of a match rule on its own socket, where without one only this connection's jobs send signals. A bus is
+/// told by the stream of signals itself.
+async fn told(connection: &Connection, member: &str, rule: &MatchRule<'_>) -> Result<()> {
+    if connection.is_bus() {
+        return Ok(());
+    }
+    let bus = Some("org.freedesktop.DBus");
+    let told = connection.call_method(bus, "/org/freedesktop/DBus", bus, member, &rule.to_string()).await;
+    told.map(drop).map_err(Error::from)
+}
+
+/// The state that these properties are.
+fn state(known: &Map<String, Value>) -> Result<JobState> {
+    serde_json::from_value(Value::Object(known.clone())).map_err(Error::protocol)
 }
 
 /// The properties that a signal of the job changes.

@@ -138,6 +138,15 @@ async fn shows_progress_and_cancels(client: &Client) {
     assert_eq!(last.state, "cancelled");
 }
 
+/// Rules of signals are taken back: a connection has only so many of them on the socket.
+async fn follows_jobs_without_end(client: &Client) {
+    let job = client.empty_job().await.unwrap();
+    job.wait().await.unwrap();
+    for _ in 0..300 {
+        assert_eq!(job.progress().await.unwrap().next().await.unwrap().state, "done");
+    }
+}
+
 async fn names_errors(client: &Client) {
     let error = |e: Error| e.kind().unwrap_or_else(|| panic!("{e} has no name"));
     let unknown = Generate { sampler: Some("magic".into()), ..Generate::new("a cat") };
@@ -216,6 +225,7 @@ async fn body(client: &Client, name: &str) {
     keeps_a_library(client).await;
     draws(client).await;
     shows_progress_and_cancels(client).await;
+    follows_jobs_without_end(client).await;
     names_errors(client).await;
     merges_and_bakes(client).await;
     trains(client, name).await;

@@ -218,7 +218,10 @@ fn check_storage(path: &Path, storage: Storage, fitted: &Fitted, tokens: &[Token
     let layers = fitted.layers.iter().flat_map(|l| [(&l.name, &l.a), (&l.name, &l.b)]);
     for (name, values) in layers.chain(tokens.iter().map(|t| (&t.name, &t.values))) {
         if let Some(value) = values.iter().find(|x| is_lost(**x)) {
-            let reason = format!("{name:?} has the number {value}, too large for {}: store it as f32", storage.name());
+            let reason = format!(
+                "{name:?} has the number {value}, too large for {}: store it as f32",
+                storage.name().to_lowercase()
+            );
             return fail(path, reason);
         }
     }

@@ -14,16 +14,15 @@ pub enum Command {
     Plugins(plugins::Args),
     Step(step::Args),
     /// Measure one prediction of the UNet
-    Unet(model::Args),
+    Unet(model::SizedArgs),
     /// Measure decoding latents to pictures
-    Vae(model::Args),
+    Vae(model::SizedArgs),
     /// Measure encoding prompts
     Text(model::Args),
     /// Measure a training step without a trainer around it: losses and gradients alone
-    Gradients(model::Args),
+    Gradients(model::GradientsArgs),
     Sample(model::SampleArgs),
-    /// Measure the time from the start of the process to the end of the first denoising step
-    Start(model::SampleArgs),
+    Start(model::StartArgs),
     Model(model::ModelFolderArgs),
 }
 
@@ -33,12 +32,12 @@ pub fn run(command: &Command, threads: Option<NonZeroUsize>) -> anyhow::Result<(
         Command::Merge(args) => merge::run(args, threads),
         Command::Plugins(args) => plugins::run(args, threads),
         Command::Step(args) => step::run(args),
-        Command::Unet(args) => model::run(args, model::Part::Unet),
-        Command::Vae(args) => model::run(args, model::Part::Vae),
-        Command::Text(args) => model::run(args, model::Part::Text),
-        Command::Gradients(args) => model::run(args, model::Part::RawStep),
-        Command::Sample(args) => model::sample(args, false),
-        Command::Start(args) => model::sample(args, true),
+        Command::Unet(args) => model::unet(args),
+        Command::Vae(args) => model::vae(args),
+        Command::Text(args) => model::text(args),
+        Command::Gradients(args) => model::gradients(args),
+        Command::Sample(args) => model::sample(args),
+        Command::Start(args) => model::start(args),
         Command::Model(args) => model::write_folder(args),
     }
 }

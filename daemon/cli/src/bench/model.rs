@@ -11,7 +11,7 @@ use blocklora_engine::generate::{GenerateRequest, generate};
 use blocklora_engine::model::Model;
 use blocklora_engine::sample::{Denoiser, Sampler};
 
-use crate::args::{ModelArgs, Precision};
+use crate::args::{OwnModelArgs, Precision};
 use crate::{base, output};
 
 /// What to measure, and how often
@@ -20,15 +20,9 @@ pub struct Args {
     /// Samples in a batch
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
-    /// Side of the latents [default: the model's own]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    latents: Option<u16>,
     /// How often to measure, after once to warm up
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10000))]
     repeats: u16,
-    /// In a training step, compute the UNet's activations again rather than keep them
-    #[arg(long)]
-    checkpointing: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -36,39 +30,74 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: Wanted,
     #[command(flatten)]
-    model: ModelArgs,
+    model: OwnModelArgs,
 }
 
-/// A part of a model.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Part {
-    /// One prediction.
-    Unet,
-    /// Decoding.
-    Vae,
-    /// Encoding prompts.
-    Text,
-    /// Training step of rank 4.
-    RawStep,
+/// The same, for what has latents
+#[derive(clap::Args)]
+pub struct SizedArgs {
+    /// Side of the latents [default: the model's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    latents: Option<u16>,
+    #[command(flatten)]
+    usual: Args,
+}
+
+/// The same, for a training step
+#[derive(clap::Args)]
+pub struct GradientsArgs {
+    /// Compute the UNet's activations again rather than keep them
+    #[arg(long)]
+    checkpointing: bool,
+    #[command(flatten)]
+    sized: SizedArgs,
 }
 
 /// The model that `args` names on `device`.
-pub(super) fn open(args: &ModelArgs, device: Wanted) -> anyhow::Result<Model> {
+pub(super) fn open(args: &OwnModelArgs, device: Wanted) -> anyhow::Result<Model> {
     // Without a progress bar: it would be part of what is measured.
     let folder = base::folder(args.base.as_deref())?;
-    Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.unwrap_or(Precision::F32).into())?)
+    Ok(Model::load(&folder, &device::choose(device)?.device, args.precision.into())?)
 }
 
-/// Measures a part.
-pub fn run(args: &Args, part: Part) -> anyhow::Result<()> {
+/// Rank of the factors whose gradients are measured.
+const RANK: usize = 4;
+
+/// Measures one prediction.
+pub fn unet(args: &SizedArgs) -> anyhow::Result<()> {
+    measure(&args.usual, |model, batch, repeats| bench::unet(model, batch, args.size(), repeats))
+}
+
+/// Measures decoding.
+pub fn vae(args: &SizedArgs) -> anyhow::Result<()> {
+    measure(&args.usual, |model, batch, repeats| bench::vae(model, batch, args.size(), repeats))
+}
+
+/// Measures encoding prompts.
+pub fn text(args: &Args) -> anyhow::Result<()> {
+    measure(args, bench::text)
+}
+
+/// Measures a training step.
+pub fn gradients(args: &GradientsArgs) -> anyhow::Result<()> {
+    let GradientsArgs { checkpointing, sized } = args;
+    let step = |model: &_, batch, repeats| bench::step(model, batch, sized.size(), RANK, *checkpointing, repeats);
+    measure(&sized.usual, step)
+}
+
+impl SizedArgs {
+    fn size(&self) -> Option<usize> {
+        self.latents.map(usize::from)
+    }
+}
+
+/// Loads the model and prints what `figures` measures of it, with a batch and so many times.
+fn measure(
+    args: &Args,
+    figures: impl FnOnce(&Model, usize, usize) -> blocklora_engine::Result<BenchModel>,
+) -> anyhow::Result<()> {
     let model = open(&args.model, args.device)?;
-    let (batch, size, repeats) = (usize::from(args.batch), args.latents.map(usize::from), usize::from(args.repeats));
-    let figures = match part {
-        Part::Unet => bench::unet(&model, batch, size, repeats)?,
-        Part::Vae => bench::vae(&model, batch, size, repeats)?,
-        Part::Text => bench::text(&model, batch, repeats)?,
-        Part::RawStep => bench::step(&model, batch, size, 4, args.checkpointing, repeats)?,
-    };
+    let figures = figures(&model, usize::from(args.batch), usize::from(args.repeats))?;
     if args.json {
         return output::print_json(&figures);
     }
@@ -81,12 +110,19 @@ pub fn run(args: &Args, part: Part) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Measure the time and the peak memory of a picture, or of the start alone
+/// Measure the time and the peak memory of a picture
 #[derive(clap::Args)]
 pub struct SampleArgs {
     /// Sampling steps
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     steps: u16,
+    #[command(flatten)]
+    start: StartArgs,
+}
+
+/// Measure the time from the start of the process to the end of the first denoising step
+#[derive(clap::Args)]
+pub struct StartArgs {
     /// Side of the picture in pixels [default: the model's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(8..=8192))]
     size: Option<u16>,
@@ -97,7 +133,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: Wanted,
     #[command(flatten)]
-    model: ModelArgs,
+    model: OwnModelArgs,
 }
 
 /// Deterministic DDIM at evenly spaced timesteps, which notes when its first step begins.
@@ -128,8 +164,19 @@ impl Sampler for Clocked {
     }
 }
 
-/// Loads the model and draws a picture under guidance; with `only_start` it stops where the first step would begin.
-pub fn sample(args: &SampleArgs, only_start: bool) -> anyhow::Result<()> {
+/// Loads the model and draws a picture under guidance.
+pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
+    draw(&args.start, Some(args.steps))
+}
+
+/// Loads the model and draws a picture's first step under guidance.
+pub fn start(args: &StartArgs) -> anyhow::Result<()> {
+    draw(args, None)
+}
+
+/// Loads the model and draws a picture of so many steps; of none, it stops behind the first one.
+fn draw(args: &StartArgs, steps: Option<u16>) -> anyhow::Result<()> {
+    let only_start = steps.is_none();
     let start = Instant::now();
     let model = open(&args.model, args.device)?;
     let loaded = start.elapsed().as_secs_f64();
@@ -142,7 +189,7 @@ pub fn sample(args: &SampleArgs, only_start: bool) -> anyhow::Result<()> {
         prompt: "a",
         negative_prompt: "",
         concepts: &[],
-        steps: if only_start { 1 } else { usize::from(args.steps) },
+        steps: steps.map_or(1, usize::from),
         guidance_scale: 7.5,
         sampler: &sampler,
         seed: 0,

@@ -5,7 +5,7 @@ use blocklora_engine::train::bench_step;
 use blocklora_sdk::manifest::PluginKind;
 use serde_json::json;
 
-use crate::args::ModelArgs;
+use crate::args::OwnModelArgs;
 use crate::{methods, output};
 
 /// The methods that are measured if none is named.
@@ -38,7 +38,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: Wanted,
     #[command(flatten)]
-    model: ModelArgs,
+    model: OwnModelArgs,
 }
 
 /// Runs the command.

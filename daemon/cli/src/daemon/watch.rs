@@ -119,6 +119,19 @@ pub async fn look_on<R: DeserializeOwned>(job: &Job<R>, label: &'static str) -> 
     result
 }
 
+/// Waits for `work`. Ctrl-C ends the waiting alone; the error then says `what` becomes of the work.
+pub async fn unless_interrupted<T>(work: impl Future<Output = T>, what: &str) -> anyhow::Result<T> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            result = &mut work => return Ok(result),
+            () = tokio::time::sleep(TICK) => if interrupt::requested() {
+                return Err(Interrupted(what.to_owned()).into());
+            },
+        }
+    }
+}
+
 /// Waits for the job's end; the first Ctrl-C cancels it.
 async fn end<R: DeserializeOwned>(job: &Job<R>, on_interrupt: CancelMode) -> anyhow::Result<R> {
     let ended = job.wait();
@@ -138,6 +151,11 @@ async fn end<R: DeserializeOwned>(job: &Job<R>, on_interrupt: CancelMode) -> any
 /// Whether a job ended because somebody cancelled it.
 pub fn is_cancelled(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Error>().and_then(Error::kind) == Some(ErrorKind::Cancelled)
+}
+
+/// Whether the daemon is not there any more.
+pub fn is_disconnected(error: &anyhow::Error) -> bool {
+    error.downcast_ref().is_some_and(Error::is_disconnected)
 }
 
 /// What the bar shows.

@@ -5,12 +5,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blocklora_client::{ResultFile, Trained};
-use blocklora_spec::Adapter;
+use blocklora_spec::{Adapter, Partition, Storage};
+use serde_json::{Map, Value};
 
+use super::Args;
 use super::rows::Rows;
 
 /// In the folder: which training it belongs to.
 const RUN: &str = "run";
+/// In the folder: the partition with the slot that was decided on, as JSON.
+const SLOT: &str = "slot";
 
 fn path(output: &Path) -> PathBuf {
     let mut name = output.as_os_str().to_owned();
@@ -67,6 +71,29 @@ pub fn begin(output: &Path, run: &str, resume: bool) -> anyhow::Result<bool> {
     Ok(false)
 }
 
+/// Notes which slot was decided on, for when the training goes on and for those that begin beside it.
+pub fn note_slot(output: &Path, partition: &Partition) -> anyhow::Result<()> {
+    let text = serde_json::to_string(partition)?;
+    std::fs::write(path(output).join(SLOT), text).with_context(|| format!("{}: cannot write", shown(output)))
+}
+
+/// The slot that was noted for the training with this output.
+pub fn slot(output: &Path) -> Option<Partition> {
+    slot_in(&path(output))
+}
+
+/// The slot that is noted in `folder`, if that is one of a training.
+pub fn slot_in(folder: &Path) -> Option<Partition> {
+    let is_ours = folder.extension().is_some_and(|e| e == "checkpoint");
+    let text = is_ours.then(|| std::fs::read_to_string(folder.join(SLOT)).ok()).flatten()?;
+    serde_json::from_str(&text).ok().filter(|partition: &Partition| partition.slot < partition.capacity)
+}
+
+/// Whether `folder` is where the training with this output is kept.
+pub fn is_of(output: &Path, folder: &Path) -> bool {
+    path(output).file_name() == folder.file_name()
+}
+
 /// Fails where a private daemon left a checkpoint, of which one that runs knows nothing.
 pub fn fails_if_there(output: &Path) -> anyhow::Result<()> {
     if is_there(output) {
@@ -90,13 +117,15 @@ pub fn finished(output: &Path) -> Option<PathBuf> {
     entries.map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "safetensors"))
 }
 
-/// What the training gave that `adapter` is the result of.
-pub fn trained(adapter: &Path, licence: Option<&str>) -> anyhow::Result<(Trained, Rows, ResultFile)> {
+/// What the training gave that `adapter` is the result of. Errors: `args` ask for another licence or storage.
+pub fn trained(adapter: &Path, args: &Args) -> anyhow::Result<(Trained, Rows, ResultFile)> {
     let bytes = std::fs::read(adapter).with_context(|| adapter.display().to_string())?;
     let read = Adapter::from_bytes(adapter, bytes.clone())?;
     let manifest = read.manifest();
-    if manifest.licence.as_deref() != licence {
-        bail!("{}: was trained with another --licence: give that run's own, or remove it", adapter.display());
+    let has_licence = manifest.licence == args.licence;
+    if !has_licence || storage(&bytes).as_deref() != Some(Storage::from(args.storage).name()) {
+        let option = if has_licence { "--storage" } else { "--licence" };
+        bail!("{}: was trained with another {option}: give that run's own, or remove it", adapter.display());
     }
     let factors: usize = read.layers().iter().map(|l| l.rank * (l.columns + l.rows.len())).sum();
     let words: usize = read.tokens().iter().map(|t| t.values.len()).sum();
@@ -120,6 +149,14 @@ pub fn trained(adapter: &Path, licence: Option<&str>) -> anyhow::Result<(Trained
         bytes,
     };
     Ok((trained, rows, file))
+}
+
+/// How a valid adapter file stores its numbers, as its header calls it.
+fn storage(bytes: &[u8]) -> Option<String> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    let header: Map<String, Value> = serde_json::from_slice(header).ok()?;
+    header.values().find_map(|tensor| Some(tensor.get("dtype")?.as_str()?.to_owned()))
 }
 
 fn any_below(folder: &Path) -> bool {

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::{File, TryLockError};
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use blocklora_client::{Partition as Division, Train};
 use blocklora_spec::{Adapter, Partition, Scheme};
 
-use super::Slot;
+use super::{Slot, checkpoint};
 use crate::daemon::Daemon;
 use crate::failure;
 
@@ -56,23 +58,22 @@ impl Rows {
         }
     }
 
-    /// With the slot decided: the lowest one that neither an adapter beside `output` has nor, in a running daemon, one
-    /// of the library or a lease.
+    /// With the slot decided: that of the run which goes on, or the lowest one that neither an adapter or a training
+    /// beside `output` has nor, in a running daemon, one of the library or a lease. With a private daemon it is noted.
     pub async fn decided(self, output: &Path, daemon: &Daemon, base_digest: &str) -> anyhow::Result<Self> {
-        let Self::Slot(partition, None) = self else { return Ok(self) };
-        let mut taken = taken_beside(output, &partition)?;
-        if !daemon.is_private() {
-            let slots = daemon.client.slots(Some(base_digest), Some(&division(&partition))).await?;
-            taken.extend(slots.into_iter().map(|slot| slot.slot));
+        let Self::Slot(partition, slot) = self else { return Ok(self) };
+        let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let _lock = lock(folder).await;
+        let noted = checkpoint::slot(output).filter(|noted| daemon.is_private() && noted.same_division(&partition));
+        let slot = match slot.or(noted.map(|noted| noted.slot)) {
+            Some(slot) => slot,
+            None => free(folder, output, daemon, base_digest, &partition).await?,
+        };
+        let partition = Partition { slot, ..partition };
+        if daemon.is_private() {
+            checkpoint::note_slot(output, &partition)?;
         }
-        match (0..partition.capacity).find(|slot| !taken.contains(slot)) {
-            Some(slot) => Ok(Self::Slot(partition, Some(slot))),
-            None => bail!(
-                "all {} slots are taken, by adapters in the output's folder or in the daemon's library: choose one with \
-                 --slot, or settings with a larger capacity",
-                partition.capacity
-            ),
-        }
+        Ok(Self::Slot(partition, Some(slot)))
     }
 
     /// Asks for them.
@@ -104,18 +105,53 @@ fn division(partition: &Partition) -> Division {
     Division { scheme, capacity: partition.capacity, seed: partition.seed }
 }
 
-/// The slots of `partition` that other adapters beside `output` have.
-fn taken_beside(output: &Path, partition: &Partition) -> anyhow::Result<BTreeSet<u32>> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+/// A lock on `folder` while a slot is chosen: of two trainings that begin at once, the second one finds what the first
+/// one notes. None where folders cannot be locked, or somebody has it for longer than choosing takes.
+async fn lock(folder: &Path) -> Option<File> {
+    let file = File::open(folder).ok()?;
+    for _ in 0..100 {
+        match file.try_lock() {
+            Ok(()) => return Some(file),
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(TryLockError::Error(_)) => return None,
+        }
+    }
+    None
+}
+
+/// The lowest slot of `partition` that nobody has.
+async fn free(
+    folder: &Path,
+    output: &Path,
+    daemon: &Daemon,
+    base_digest: &str,
+    partition: &Partition,
+) -> anyhow::Result<u32> {
+    let mut taken = taken_beside(folder, output, partition)?;
+    if !daemon.is_private() {
+        let slots = daemon.client.slots(Some(base_digest), Some(&division(partition))).await?;
+        taken.extend(slots.into_iter().map(|slot| slot.slot));
+    }
+    (0..partition.capacity).find(|slot| !taken.contains(slot)).with_context(|| {
+        format!(
+            "all {} slots are taken, by adapters and trainings in the output's folder or in the daemon's library: choose \
+             one with --slot, or settings with a larger capacity",
+            partition.capacity
+        )
+    })
+}
+
+/// The slots of `partition` that other adapters in `folder`, beside `output`, have, and trainings that are to become one.
+fn taken_beside(folder: &Path, output: &Path, partition: &Partition) -> anyhow::Result<BTreeSet<u32>> {
     let mut taken = BTreeSet::new();
     for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
         let path = entry.with_context(|| folder.display().to_string())?.path();
-        let candidate = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
+        let is_adapter = path.extension().is_some_and(|e| e == "safetensors") && path.file_name() != output.file_name();
         // Other safetensors files may lie there, too: what is not an adapter owns no slot.
-        if candidate && let Ok(adapter) = Adapter::open(&path) {
-            let same = |p: &Partition| p.same_division(partition);
-            taken.extend(adapter.manifest().partition.filter(same).map(|p| p.slot));
-        }
+        let adapter = if is_adapter { Adapter::open(&path).ok() } else { None };
+        let training = if checkpoint::is_of(output, &path) { None } else { checkpoint::slot_in(&path) };
+        let owned = adapter.and_then(|adapter| adapter.manifest().partition).or(training);
+        taken.extend(owned.filter(|owned| owned.same_division(partition)).map(|owned| owned.slot));
     }
     Ok(taken)
 }

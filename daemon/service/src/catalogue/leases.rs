@@ -135,6 +135,10 @@ fn holder(transaction: &Transaction, base: &str, partition: &Partition) -> rusql
     transaction.query_row(sql, key, |row| Ok(format!("the adapter {:?}", row.get::<_, String>(0)?))).optional()
 }
 
+fn no_lease(id: &str) -> Error {
+    Error::option(format!("there is no lease {id:?}; it may have expired, or be that of a training already"))
+}
+
 impl Catalogue {
     /// Reserves `slot`, or the lowest free one, of `partition` (whose own slot is not looked at) on the model `base`.
     pub fn lease(&self, base: &str, partition: &Partition, slot: Option<u32>, claim: &Claim) -> Result<Lease> {
@@ -196,8 +200,24 @@ impl Catalogue {
         let entry = self.with(|c| c.query_row(&sql, params![id, now_usec() as i64], SlotEntry::from_row).optional())?;
         match entry.map(|entry| entry.holder) {
             Some(Holder::Lease(lease)) => Ok(lease),
-            _ => Err(Error::option(format!("there is no lease {id:?}; it may have expired"))),
+            _ => Err(no_lease(id)),
         }
+    }
+
+    /// Makes a lease that of the training `job` alone: it has the job's id from now on, and does not expire. One lease is
+    /// taken over once.
+    pub fn take_over(&self, id: &str, job: &str) -> Result<()> {
+        let sql = "UPDATE leases SET id = ?, expires_usec = 0 WHERE id = ? AND (expires_usec = 0 OR expires_usec >= ?)";
+        match self.with(|c| c.execute(sql, params![job, id, now_usec() as i64]))? {
+            0 => Err(no_lease(id)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes [`Self::take_over`] back: `lease` is what it was before.
+    pub fn hand_back(&self, lease: &Lease, job: &str) -> Result<()> {
+        let sql = "UPDATE leases SET id = ?, expires_usec = ? WHERE id = ?";
+        self.with(|c| c.execute(sql, params![lease.id, lease.expires_usec as i64, job]).map(drop))
     }
 
     /// Gives a lease back; one that is gone already is no error.
@@ -307,6 +327,22 @@ mod tests {
         assert!(catalogue.find_lease(&past.id).unwrap_err().message.contains("expired"));
         let claim = Claim { expires_usec: 0, ..claim };
         assert_eq!(catalogue.lease("base", &PARTITION, Some(0), &claim).unwrap().partition.slot, 0);
+    }
+
+    #[test]
+    fn a_lease_is_one_trainings() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        let claim = Claim { training: None, name: "", uid: 1, expires_usec: u64::MAX >> 1 };
+        let lease = catalogue.lease("base", &PARTITION, Some(2), &claim).unwrap();
+        catalogue.take_over(&lease.id, "1j1").unwrap();
+        let error = catalogue.take_over(&lease.id, "1j2").unwrap_err();
+        assert!(error.message.contains("that of a training already"), "{error}");
+        let taken = catalogue.find_lease("1j1").unwrap();
+        assert_eq!((taken.partition, taken.expires_usec), (lease.partition, 0));
+        catalogue.hand_back(&lease, "1j1").unwrap();
+        assert_eq!(catalogue.find_lease(&lease.id).unwrap(), lease);
+        assert!(catalogue.find_lease("1j1").is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{Daemon, descriptors, lock};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::{Lifetime, Stop};
-use crate::objects::Object;
+use crate::objects::{CompositionObject, Object, Objects, path_of};
 
 impl Daemon {
     /// Shows what a client's call made. A call may end after its client has gone: what lives with the connection is
@@ -16,6 +16,9 @@ impl Daemon {
         if let Some(client) = object.lives_with() {
             self.check_connected(client)?;
         }
+        if let Object::Composition(composition) = &object {
+            check_compositions(&objects, composition, self.config().limits.compositions_per_client_max)?;
+        }
         if objects.contains_key(path) {
             return Err(Error::option("option \"token\": it is in use"));
         }
@@ -26,7 +29,7 @@ impl Daemon {
     }
 
     /// Fails if the client has gone.
-    pub(super) fn check_connected(&self, client: &str) -> Result<()> {
+    pub fn check_connected(&self, client: &str) -> Result<()> {
         if self.hub.is_connected(client) {
             return Ok(());
         }
@@ -61,6 +64,27 @@ impl Daemon {
             }
         }
     }
+}
+
+/// Fails where the client has as many compositions as it may have; of those that outlive it, its user.
+fn check_compositions(objects: &Objects, new: &CompositionObject, most: usize) -> Result<()> {
+    let is_same = |known: &CompositionObject| {
+        known.lifetime == new.lifetime
+            && match new.lifetime {
+                Lifetime::Connection => known.owner.client == new.owner.client,
+                Lifetime::Daemon => known.owner.uid == new.owner.uid,
+            }
+    };
+    let prefix = path_of("composition", "");
+    let all = objects.range(prefix.clone()..).take_while(|(path, _)| path.starts_with(&prefix));
+    let open = all.filter(|(_, object)| matches!(object, Object::Composition(known) if is_same(known))).count();
+    if open < most {
+        return Ok(());
+    }
+    let whose = if new.lifetime == Lifetime::Connection { "this client" } else { "this user" };
+    let message =
+        format!("{open} compositions of {whose} are open, limits.compositions_per_client_max is {most}; close some");
+    Err(Error::new(Kind::NotSupported, message))
 }
 
 impl Object {

@@ -8,7 +8,7 @@ use blocklora_spec::limits::FILE_BYTES_MAX;
 
 use super::{Daemon, descriptors, lock};
 use crate::catalogue::adapters::AdapterEntry;
-use crate::dbus::library::show;
+use crate::dbus::library::{show, show_found};
 use crate::error::{Error, Kind, Result};
 use crate::jobs::Owner;
 use crate::memfd;
@@ -57,6 +57,13 @@ impl Daemon {
     /// Takes an adapter from a client until its connection ends, and shows it; its path. The file is kept also where the
     /// library has one: that may be damaged, or go.
     pub fn add_loose(&self, fd: impl AsFd, what: &str, owner: &Owner) -> Result<String> {
+        // Before all of it is read: more than all that the client may bring is not.
+        let most = self.config().limits.adapter_bytes_per_client_max;
+        if let Ok(size) = memfd::size(&fd)
+            && size <= FILE_BYTES_MAX
+        {
+            check_bytes(&HashMap::new(), &owner.client, size, most)?;
+        }
         let bytes = memfd::read_client_file(fd, FILE_BYTES_MAX, what)?;
         let file = memfd::sealed("adapter", &bytes)?;
         let size = bytes.len() as u64;
@@ -95,7 +102,11 @@ impl Daemon {
     pub fn open_adapter(&self, digest: &str) -> Result<Adapter> {
         match self.read_loose(digest)? {
             Some((bytes, name)) => Ok(Adapter::from_bytes(name, bytes)?),
-            None => self.catalogue.open_adapter(digest),
+            None => {
+                let opened = self.catalogue.open_adapter(digest);
+                show_found(self, digest);
+                opened
+            }
         }
     }
 

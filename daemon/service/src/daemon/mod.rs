@@ -3,6 +3,7 @@
 mod clients;
 mod descriptors;
 mod loose;
+mod plugins;
 mod results;
 mod trainings;
 
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use blocklora_engine::device::Chosen;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::authority::Authority;
 use crate::catalogue::Catalogue;
@@ -71,7 +72,12 @@ pub struct Daemon {
     last_activity: Mutex<Instant>,
     /// Adapters that clients brought without adding them to the library, by digest.
     loose: Mutex<HashMap<String, loose::Loose>>,
+    /// Turns to read files of clients: theirs may hang, and not all threads are to hang with them.
+    pub client_files: Semaphore,
 }
+
+/// How many calls read files of clients at once.
+const CLIENT_FILES_MAX: usize = 8;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every change under these locks is a single step.
@@ -116,6 +122,7 @@ impl Daemon {
             stop: Notify::new(),
             last_activity: Mutex::new(Instant::now()),
             loose: Mutex::default(),
+            client_files: Semaphore::new(CLIENT_FILES_MAX),
         };
         daemon.set_wait_max();
         Ok((Arc::new(daemon), receiver))
@@ -207,6 +214,14 @@ impl Daemon {
         lock(&self.told).insert(path.to_owned(), properties);
         lock(&self.objects).insert(path.to_owned(), object.clone());
         self.touch_sets_with(&object);
+    }
+
+    /// Puts another object of its kind in the place of one that is shown: what differs is told as a change.
+    pub fn replace_object(&self, path: &str, object: Object) {
+        if let Some(shown) = lock(&self.objects).get_mut(path) {
+            *shown = object;
+        }
+        self.touch(path);
     }
 
     /// Takes an object away.
@@ -317,12 +332,11 @@ impl Daemon {
         if spec.is_some() {
             let entry = JobEntry { spec, ..JobEntry::of(&job) };
             if let Err(error) = self.catalogue.put_jobs(&[entry], self.config().jobs.history_max) {
-                self.remove_object(&path);
-                return Err(error);
+                return Err(self.not_queued(&job, error));
             }
         }
         if let Err(error) = self.queue.push(job.clone(), limits) {
-            self.remove_object(&path);
+            let error = self.not_queued(&job, error);
             if job.kind == "train" {
                 self.catalogue.forget_job(&job.id)?;
             }
@@ -336,10 +350,22 @@ impl Daemon {
         Ok(job)
     }
 
+    /// Takes away a job that cannot be queued: who saw it meanwhile, and waits for it, is told why.
+    fn not_queued(&self, job: &Job, error: Error) -> Error {
+        job.finish(Err(error.clone()), Vec::new());
+        job.announce();
+        self.remove_object(&job.path);
+        error
+    }
+
     /// A job has ended, whether it ran or not: its last signals go out and those who wait for it go on.
     pub fn finish(&self, job: &Arc<Job>, outcome: Result<Dict>, results: Vec<ResultFile>) {
+        let failed = outcome.is_err();
         if job.finish(outcome, results) {
             self.end_training(job);
+            if let Some(composition) = job.composition.as_ref().filter(|_| failed) {
+                self.remove_object(composition);
+            }
             // The receiver lives as long as the daemon.
             let _ = self.finished.send(job.clone());
         }

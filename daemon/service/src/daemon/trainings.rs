@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use blocklora_engine::weights::hex;
 use sha2::{Digest, Sha256};
@@ -14,7 +14,7 @@ use crate::catalogue::jobs::JobEntry;
 use crate::error::{Error, Result};
 use crate::jobs::queue::Limits;
 use crate::jobs::work::{Train, Work};
-use crate::jobs::{Job, Lifetime, Owner, Priority, State, Stop, Ticket};
+use crate::jobs::{Job, Lifetime, Owner, Priority, State, Stop, Ticket, now_usec};
 
 /// The adapter in a training's folder.
 pub const ADAPTER: &str = "adapter.safetensors";
@@ -34,15 +34,17 @@ impl Daemon {
     }
 
     /// Queues a training that an earlier daemon left unfinished.
-    pub fn resume_training(self: &Arc<Self>, id: String, uid: u32, priority: &str, work: Train) -> Result<Arc<Job>> {
+    pub fn resume_training(self: &Arc<Self>, entry: &JobEntry, work: Train) -> Result<Arc<Job>> {
+        let left = |deadline: u64| Duration::from_micros(deadline.saturating_sub(now_usec()));
         let ticket = Ticket {
-            owner: Owner { client: String::new(), uid },
-            priority: Priority::from_name(priority)?,
+            owner: Owner { client: String::new(), uid: entry.uid },
+            priority: Priority::from_name(&entry.priority)?,
             lifetime: Lifetime::Daemon,
             token: None,
-            timeout: None,
+            timeout: work.deadline_usec.map(left),
+            created_usec: Some(entry.created_usec),
         };
-        self.submit_as(id, &ticket, Work::Train(Box::new(work)), Limits::NONE)
+        self.submit_as(entry.id.clone(), &ticket, Work::Train(Box::new(work)), Limits::NONE)
     }
 
     /// Before a training's first step: takes the checkpoint that is kept of one like it, and notes in its folder under
@@ -134,6 +136,7 @@ fn kept_name(work: &Train, data_digest: &str) -> Result<String> {
         lease: None,
         ends_with_client: false,
         resume: false,
+        deadline_usec: None,
         storage: blocklora_spec::Storage::F32,
         licence: None,
         created: None,

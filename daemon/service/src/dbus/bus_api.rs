@@ -90,7 +90,7 @@ fn credentials(call: &Call) -> Result<(u32, u32), Refusal> {
     let name: String = call.args()?;
     let owner = owner(call, &name)?;
     match call.daemon.hub.socket(&owner).map(|peer: std::sync::Arc<Peer>| peer.kind) {
-        Some(PeerKind::Socket { uid, pid }) => Ok((uid, pid)),
+        Some(PeerKind::Socket { uid, pid, .. }) => Ok((uid, pid)),
         Some(_) => Err(Error::failed(format!("{name} is not on this socket")).into()),
         None => Ok((call.daemon.uid, std::process::id())),
     }

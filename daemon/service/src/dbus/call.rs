@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::SemaphorePermit;
 use zbus::message::Flags;
 use zbus::{DynamicType, Message, Type};
 
@@ -210,6 +211,11 @@ impl Call {
         done.map_err(|_| Error::failed("a bug in the daemon, see its log"))?
     }
 
+    /// A turn to read files that the caller sent, which may be as slow as whoever serves them likes.
+    pub async fn turn_to_read(&self) -> Result<SemaphorePermit<'_>> {
+        self.daemon.client_files.acquire().await.map_err(|e| Error::failed(e.to_string()))
+    }
+
     /// As [`Self::blocking`], for what must be remembered: refused while the state folder cannot be written.
     pub async fn remembering<T: Send + 'static>(
         &self,
@@ -255,7 +261,7 @@ impl Call {
             }
         }
         let timeout = options.u64("timeout_usec")?.map(std::time::Duration::from_micros);
-        Ok(Ticket { owner: self.caller.owner(), priority, lifetime, token, timeout })
+        Ok(Ticket { owner: self.caller.owner(), priority, lifetime, token, timeout, created_usec: None })
     }
 }
 

@@ -52,6 +52,7 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
             let wanted = options.u64("if_generation")?;
             options.finish()?;
             let (mut set, before) = composition.content().clone();
+            let mut joins = false;
             for (at, (path, weight)) in weights.iter().enumerate() {
                 if weights[..at].iter().any(|(other, _)| other == path) {
                     return Err(Error::option(format!("{} is given twice; give it once", path.as_str())).into());
@@ -64,10 +65,16 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
                     let message = format!("adapter {:?} is not in this composition", adapter.entry.name);
                     return Err(Error::option(message).into());
                 };
+                // One that counted for nothing was not planned for.
+                joins |= entry.weight == 0.0 && *weight as f32 != 0.0;
                 entry.weight = *weight as f32;
                 if !entry.weight.is_finite() {
                     return Err(Error::option(format!("weight {weight} of {:?}: must be finite", entry.name)).into());
                 }
+            }
+            if joins {
+                let checked = set.clone();
+                call.blocking(move |daemon| check_plan(daemon, &checked)).await?;
             }
             let generation = change(composition, Some(wanted.unwrap_or(before)), set)?;
             call.daemon.touch(&composition.path);
@@ -75,6 +82,7 @@ pub async fn answer(call: &Call, composition: &Arc<CompositionObject>, member: &
         }
         "Explain" => {
             let mut options = Options::new(call.args::<Dict>()?);
+            call.authorize("generate").await?;
             let layers = options.boolean("layers")?.unwrap_or(false);
             options.finish()?;
             let set = composition.content().0.clone();

@@ -9,7 +9,8 @@ use super::call::{Answer, Call, Refusal, no_options};
 use super::interfaces::Method;
 use super::value::{Dict, Options};
 use crate::cut::{NAME_BYTES_MAX, cut};
-use crate::error::{Error, Kind};
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
 use crate::jobs::{Job, Stop};
 
 /// Files of one answer: a message on a system bus carries 16 descriptors and no more, and a bus that gets more of them
@@ -24,7 +25,7 @@ const PREVIEW_SIDE_MAX: u32 = 256;
 pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) -> Answer {
     match member {
         "Wait" => {
-            job.wait().await;
+            wait(call, job).await?;
             let reads = call.reads(job.owner.uid).await;
             match job.outcome() {
                 Some(Ok(details)) => call.reply(method, &("done", if reads { details } else { Dict::new() })),
@@ -44,7 +45,13 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
                 other => return Err(Error::option(format!("mode {other:?} is not discard or checkpoint")).into()),
             };
             call.authorize_owner(job.owner.uid).await?;
-            call.daemon.stop_job(job, stop);
+            let job = job.clone();
+            // The end of a training is written to the disk.
+            let stopped = move |daemon: &Daemon| {
+                daemon.stop_job(&job, stop);
+                Ok(())
+            };
+            call.blocking(stopped).await?;
             call.reply(method, &())
         }
         "TakeResults" => {
@@ -90,5 +97,20 @@ pub async fn answer(call: &Call, job: &Arc<Job>, member: &str, method: &Method) 
             call.reply(method, &OwnedFd::from(fd))
         }
         _ => Err(Refusal::bus("UnknownMethod", format!("there is no method {member}"))),
+    }
+}
+
+/// Waits for the job's end, but no longer than its caller is there: a call that waits keeps the connection open.
+async fn wait(call: &Call, job: &Job) -> Result<()> {
+    let ended = job.wait();
+    tokio::pin!(ended);
+    loop {
+        // Before the look: what happens after it counts.
+        let gone = call.caller.peer.gone();
+        call.daemon.check_connected(&call.caller.client)?;
+        tokio::select! {
+            () = &mut ended => return Ok(()),
+            () = gone => {}
+        }
     }
 }

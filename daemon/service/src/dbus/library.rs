@@ -40,9 +40,11 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
             let path = if lifetime == Lifetime::Connection {
                 call.authorize("generate").await?;
                 let owner = call.caller.owner();
+                let _turn = call.turn_to_read().await?;
                 call.blocking(move |daemon| daemon.add_loose(file, &name, &owner)).await?
             } else {
                 call.authorize("manage-models").await?;
+                let _turn = call.turn_to_read().await?;
                 let entry = call.remembering(move |daemon| daemon.catalogue.import(file, &name)).await?;
                 show(&call.daemon, entry, Some(call.caller.uid))
             };
@@ -80,8 +82,9 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Answer {
                 let message = format!("model {id:?} stands in the configuration; take it out there");
                 return Err(Error::new(Kind::NotSupported, message).into());
             }
-            if model.state().loaded.is_some() {
-                return Err(Error::new(Kind::DeviceBusy, format!("model {id:?} is loaded; unload it first")).into());
+            if model.is_in_use() {
+                let message = format!("model {id:?} is loaded, or about to be; unload it first");
+                return Err(Error::new(Kind::DeviceBusy, message).into());
             }
             let path = model.object_path();
             call.remembering(move |daemon| daemon.catalogue.remove_model(&id)).await?;
@@ -134,9 +137,20 @@ pub fn show(daemon: &Daemon, entry: AdapterEntry, user: Option<u32>) -> String {
             return path;
         }
         users.extend(shown.users().iter());
+        daemon.replace_object(&path, Object::Adapter(Arc::new(AdapterObject::new(entry, users))));
+        return path;
     }
     daemon.add_object(&path, Object::Adapter(Arc::new(AdapterObject::new(entry, users))));
     path
+}
+
+/// A file of the library was read: an object of its adapter says from now on how it was found.
+pub fn show_found(daemon: &Daemon, digest: &str) {
+    if let Some(Object::Adapter(_)) = daemon.object(&path_of("adapter", digest))
+        && let Ok(entry) = daemon.find_adapter(digest)
+    {
+        show(daemon, entry, None);
+    }
 }
 
 /// Fails on a value that no entry can have, which would find nothing without saying why.
@@ -239,7 +253,8 @@ async fn register_model(call: &Call, method: &Method) -> Answer {
     let id = id.or(name).unwrap_or_default();
     check_model_id(&id)?;
     let fail = |e: blocklora_engine::Error| Error::new(Kind::ModelNotFound, e.to_string());
-    blocklora_engine::model::ModelIndex::open(&path).map_err(fail)?;
+    let folder = path.clone();
+    call.blocking(move |_| blocklora_engine::model::ModelIndex::open(&folder).map(drop).map_err(fail)).await?;
     if let Ok(known) = call.daemon.model(&id) {
         if known.path == path {
             return call.reply(method, &object_path(&known.object_path()));
@@ -272,6 +287,8 @@ async fn list_jobs(call: &Call, method: &Method) -> Answer {
     one_of("state", state.as_deref(), &["queued", "running", "done", "failed", "cancelled"])?;
     one_of("kind", kind.as_deref(), &["generate", "train", "merge", "bake", "load-model", "validate", "empty"])?;
     let mut live = call.daemon.jobs();
+    // Also those that are not asked for: they are in the history, too, once they have ended.
+    let known: Vec<String> = live.iter().map(|job| job.id.clone()).collect();
     live.retain(|job| {
         let (own, is_final) = job.status(|s| (s.state.name(), s.state.is_final()));
         state.as_ref().is_none_or(|state| state == own)
@@ -283,8 +300,6 @@ async fn list_jobs(call: &Call, method: &Method) -> Answer {
     let mut list: Vec<Dict> = live.iter().map(|job| job_dict(job)).collect();
     let wanted = (offset as usize).saturating_add(limit as usize);
     if list.len() < wanted && active != Some(true) {
-        let known: Vec<String> = call.daemon.jobs().iter().map(|job| job.id.clone()).collect();
-        // Those that are objects still are in the history, too.
         let most = u32::try_from(wanted + known.len()).unwrap_or(u32::MAX);
         let filter = JobFilter { state, kind, uid };
         let old = call.blocking(move |daemon| daemon.catalogue.jobs(&filter, 0, most)).await?;
@@ -379,7 +394,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Shows the models of the configuration that are not shown yet.
+    /// Shows the models of the configuration: those that are not shown yet, or from another folder.
     pub fn add_configured_models(&self) {
         let known = self.catalogue.models().unwrap_or_default();
         for (id, path) in &self.config().models.folders {
@@ -387,10 +402,20 @@ impl Daemon {
                 tracing::error!("configuration: models.folders: {error}");
                 continue;
             }
-            if self.model(id).is_err() {
-                let entry = known.iter().find(|entry| entry.id == *id && entry.path == *path).cloned();
-                self.add_model(id, path.clone(), true, entry);
+            match self.model(id) {
+                Ok(shown) if shown.path == *path => continue,
+                Ok(shown) if shown.is_in_use() => {
+                    let path = path.display();
+                    tracing::warn!(
+                        "model {id:?} is loaded: its folder {path} counts once it is unloaded and this is read again"
+                    );
+                    continue;
+                }
+                Ok(shown) => drop(self.remove_object(&shown.object_path())),
+                Err(_) => {}
             }
+            let entry = known.iter().find(|entry| entry.id == *id && entry.path == *path).cloned();
+            self.add_model(id, path.clone(), true, entry);
         }
     }
 }

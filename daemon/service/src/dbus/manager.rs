@@ -30,6 +30,7 @@ pub async fn answer(call: &Call, member: &str, method: &Method) -> Result<Option
         "LoadModel" => load_model(call).await?,
         "EmptyJob" => {
             let mut options = Options::new(call.args::<Dict>()?);
+            call.authorize("generate").await?;
             let ticket = call.ticket(&mut options, Priority::Interactive, Lifetime::Connection)?;
             options.finish()?;
             call.daemon.submit(&ticket, Work::Empty)?
@@ -103,7 +104,10 @@ async fn generate(call: &Call) -> Result<Arc<Job>, Refusal> {
     };
     let guidance_scale = match params.f64("guidance_scale")? {
         Some(scale) => scale as f32,
-        None => Defaults::of(&call.daemon.model(&model)?.path).map_err(Error::from)?.guidance_scale,
+        None => {
+            let folder = call.daemon.model(&model)?.path.clone();
+            call.blocking(move |_| Ok(Defaults::of(&folder)?)).await?.guidance_scale
+        }
     };
     let work = Generate {
         model,

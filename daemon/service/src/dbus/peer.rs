@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use zbus::message::{Builder, Type};
 use zbus::{Connection, MatchRule, Message, MessageStream};
 
@@ -40,6 +41,8 @@ pub enum PeerKind {
         uid: u32,
         /// Its process.
         pid: u32,
+        /// When that started, as was seen when it connected; none: it was gone already.
+        start: Option<u64>,
     },
 }
 
@@ -63,6 +66,8 @@ pub struct Peer {
     freed: Notify,
     /// On a bus: its clients by unique name; none while the bus is asked who that is.
     callers: Mutex<HashMap<String, Option<(u32, u32)>>>,
+    /// The client, or one of the bus, has gone.
+    gone: Notify,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -95,9 +100,9 @@ impl Peer {
                 }
             };
             let outgoing = Outgoing::new(connection.clone(), SEND_PATIENCE, give_up);
-            let (closing, rules, callers) = Default::default();
+            let (closing, rules, callers, gone) = Default::default();
             let (calls, incoming, freed) = Default::default();
-            Self { id, name, kind, connection, outgoing, closing, rules, calls, incoming, freed, callers }
+            Self { id, name, kind, connection, outgoing, closing, rules, calls, incoming, freed, callers, gone }
         })
     }
 
@@ -109,6 +114,12 @@ impl Peer {
     /// Ends the connection.
     pub fn close(&self) {
         self.closing.notify_one();
+    }
+
+    /// Waits until the client has gone, or on a bus any of its clients: whoever waits for something looks then whether its
+    /// own is still there. What happens after this call counts, also before it is waited for.
+    pub fn gone(&self) -> Notified<'_> {
+        self.gone.notified()
     }
 
     /// Whether all who get signals here may read what user `uid` asked for.
@@ -213,13 +224,15 @@ impl Peer {
             }
         }
         daemon.hub.remove(&self);
-        if self.name.is_empty() {
-            for client in std::mem::take(&mut *lock(&self.callers)).into_keys() {
-                daemon.client_gone(&client);
-            }
-        } else {
-            daemon.client_gone(&self.name);
-        }
+        self.gone.notify_waiters();
+        let clients: Vec<String> = match self.name.is_empty() {
+            true => std::mem::take(&mut *lock(&self.callers)).into_keys().collect(),
+            false => vec![self.name.clone()],
+        };
+        // The end of a training is written to the disk, which may take long.
+        let gone = tokio::task::spawn_blocking(move || clients.iter().for_each(|client| daemon.client_gone(client)));
+        // A bug in it is in the log.
+        let _ = gone.await;
         // Fails only where the other end was faster.
         let _ = self.connection.clone().close().await;
     }
@@ -268,7 +281,7 @@ impl Peer {
 
     /// Who sent `message`.
     async fn caller(self: Arc<Self>, message: &Message) -> Result<Caller, Refusal> {
-        if let PeerKind::Socket { uid, pid } = self.kind {
+        if let PeerKind::Socket { uid, pid, .. } = self.kind {
             return Ok(Caller { client: self.name.clone(), uid, pid, peer: self });
         }
         let header = message.header();
@@ -333,7 +346,10 @@ impl Peer {
         let body = message.body();
         let Ok((name, _, new)) = body.deserialize::<(&str, &str, &str)>() else { return };
         if new.is_empty() && lock(&self.callers).remove(name).is_some() {
-            daemon.client_gone(name);
+            self.gone.notify_waiters();
+            let (daemon, client) = (daemon.clone(), name.to_owned());
+            // As in `serve`.
+            tokio::task::spawn_blocking(move || daemon.client_gone(&client));
             let (peer, name) = (self.clone(), name.to_owned());
             tokio::spawn(async move {
                 // A rule that stays costs the bus a little memory until the daemon ends.

@@ -15,6 +15,7 @@ use zbus::{Connection, Guid};
 use super::bus_api::NAME;
 use super::peer::{Peer, PeerKind};
 use super::stream::ClientStream;
+use crate::authority::start_time;
 use crate::config::Bus;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
@@ -26,6 +27,22 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 const CALLS_QUEUED_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
 
 static NEXT_PEER: AtomicU64 = AtomicU64::new(1);
+
+/// A connection's place among those that may be open; given back however what serves it ends.
+struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    fn take(open: &Arc<AtomicUsize>) -> Self {
+        open.fetch_add(1, Ordering::AcqRel);
+        Self(open.clone())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 /// Connects to a bus and serves it; the objects are there before the name is.
 pub async fn on_bus(daemon: &Arc<Daemon>, bus: Bus) -> Result<Option<Connection>> {
@@ -85,13 +102,12 @@ pub async fn on_socket(daemon: Arc<Daemon>, listener: UnixListener) {
             tracing::warn!("socket: a client is turned away: limits.connections_max are connected");
             continue;
         }
-        open.fetch_add(1, Ordering::AcqRel);
-        let (daemon, guid, open) = (daemon.clone(), guid.clone(), open.clone());
+        let (daemon, guid, slot) = (daemon.clone(), guid.clone(), Slot::take(&open));
         tokio::spawn(async move {
+            let _slot = slot;
             if let Err(error) = serve_client(daemon, stream, guid).await {
                 tracing::debug!("socket: {error}");
             }
-            open.fetch_sub(1, Ordering::AcqRel);
         });
     }
 }
@@ -105,7 +121,7 @@ pub async fn one(daemon: Arc<Daemon>, stream: std::os::unix::net::UnixStream) ->
 async fn serve_client(daemon: Arc<Daemon>, stream: UnixStream, guid: zbus::OwnedGuid) -> Result<()> {
     let credentials = stream.peer_cred().map_err(|e| Error::io("credentials of a client", &e))?;
     let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-    let kind = PeerKind::Socket { uid: credentials.uid(), pid };
+    let kind = PeerKind::Socket { uid: credentials.uid(), pid, start: start_time(pid) };
     let builder = Builder::socket(ClientStream(stream)).user_id(credentials.uid()).server(guid).p2p();
     let handshake = builder.max_queued(CALLS_QUEUED_MAX).build_message_stream();
     let stream = tokio::time::timeout(HANDSHAKE_PATIENCE, handshake).await;

@@ -1,5 +1,7 @@
 //! org.blocklora.Daemon1.Manager: who owns which slots.
 
+use std::sync::{Mutex, PoisonError};
+
 use blocklora_spec::{NAME_RULE, Partition, Scheme, is_name};
 
 use super::call::{Answer, Call, no_options};
@@ -38,9 +40,17 @@ pub fn partition_of(mut options: Options) -> Result<Partition> {
     Ok(partition)
 }
 
+/// Held while a model is read for its digest: many may ask at once, and each reading takes the memory of a model.
+static READING: Mutex<()> = Mutex::new(());
+
 /// The digest of a model's weights, which slots are counted by. A model that was never loaded is read for it.
 pub fn base_digest(daemon: &Daemon, id: &str) -> Result<String> {
     let model = daemon.model(id)?;
+    let known = model.state().digest.clone();
+    if !known.is_empty() {
+        return Ok(known);
+    }
+    let _reading = READING.lock().unwrap_or_else(PoisonError::into_inner);
     let known = model.state().digest.clone();
     if !known.is_empty() {
         return Ok(known);

@@ -26,6 +26,8 @@ use super::MESSAGE_BYTES_MAX;
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes read at once.
 const CHUNK: usize = 16 << 10;
+/// Bytes of a line of the greeting: far more than any has that means something.
+const LINE_MAX: usize = 1024;
 /// File descriptors of one message: the kernel passes no more at once.
 const FDS_MAX: usize = 253;
 /// The part of a header that says how long the message is.
@@ -114,8 +116,8 @@ impl ReadHalf for Reader {
         already_received_bytes: &mut Vec<u8>,
         already_received_fds: &mut Vec<OwnedFd>,
     ) -> zbus::Result<Message> {
-        // What the handshake read behind its end; nothing was read here before that.
-        self.buffer.append(already_received_bytes);
+        // What the handshake took and did not need; it was given whole lines, so that there is nothing as a rule.
+        self.buffer.splice(..0, already_received_bytes.drain(..));
         self.fds.extend(already_received_fds.drain(..));
         let length = loop {
             match message_length(&self.buffer)? {
@@ -130,9 +132,24 @@ impl ReadHalf for Reader {
         Whole { bytes, read: 0, fds }.receive_message(seq, &mut Vec::new(), &mut Vec::new()).await
     }
 
-    /// For the handshake only.
+    /// For the handshake only: one line, whole. zbus takes lines of any length, and looks at the byte before a line's end
+    /// where there is none. What is behind the greeting stays here, and so do file descriptors.
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        self.stream.async_io(Interest::READABLE, || receive(&self.stream, buffer)).await
+        let most = LINE_MAX.min(buffer.len());
+        let length = loop {
+            match self.buffer.iter().take(most).position(|byte| *byte == b'\n') {
+                Some(end) => break end + 1,
+                None if self.buffer.len() >= most => return Err(invalid("a line of the greeting does not end")),
+                None => self.fill().await?,
+            }
+        };
+        if !self.buffer[..length].ends_with(b"\r\n") {
+            return Err(invalid("a line of the greeting does not end in CR LF"));
+        }
+        self.started = None;
+        buffer[..length].copy_from_slice(&self.buffer[..length]);
+        self.buffer.drain(..length);
+        Ok((length, Vec::new()))
     }
 
     fn can_pass_unix_fd(&self) -> bool {
@@ -292,6 +309,45 @@ mod tests {
         // It may be so large, and does not come.
         assert_eq!(end(&mut reader).await, io::ErrorKind::TimedOut);
         assert!(reader.buffer.capacity() < 1 << 16, "{}", reader.buffer.capacity());
+    }
+
+    #[tokio::test]
+    async fn a_greeting_comes_line_by_line() {
+        let (mut reader, client) = reader();
+        let sent = message(&[]);
+        let greeting = [&b"\0AUTH EXTERNAL 30\r\nBEGIN\r\n"[..], sent.data().bytes()].concat();
+        assert_eq!(client.try_write(&greeting).unwrap(), greeting.len());
+        for expected in [&b"\0AUTH EXTERNAL 30\r\n"[..], b"BEGIN\r\n"] {
+            let mut line = [0; 1024];
+            let (length, fds) = reader.recvmsg(&mut line).await.unwrap();
+            assert_eq!((&line[..length], fds.len()), (expected, 0));
+        }
+        // What came along with it is the first message.
+        assert_eq!(next(&mut reader).await.unwrap().data().bytes(), sent.data().bytes());
+    }
+
+    #[tokio::test]
+    async fn a_greeting_that_is_none_is_refused_before_it_costs_anything() {
+        let long = vec![b'x'; LINE_MAX + 1];
+        for wrong in [&b"\n"[..], b"\0AUTH EXTERNAL 30\r\n\n", b"\0AUTH\n", &long] {
+            let (mut reader, client) = reader();
+            client.try_write(wrong).unwrap();
+            let refused = loop {
+                if let Err(error) = reader.recvmsg(&mut [0; 1024]).await {
+                    break error;
+                }
+            };
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{refused}");
+        }
+        // Files, and no message that they could be of.
+        let (mut reader, client) = reader();
+        let file = crate::memfd::sealed("file", b"it").unwrap();
+        let fds = vec![file.as_fd(); FDS_MAX];
+        for count in [FDS_MAX, FDS_MAX, 1] {
+            send(&client, b"x", &fds[..count]).unwrap();
+        }
+        let refused = reader.recvmsg(&mut [0; 1024]).await.unwrap_err();
+        assert!(refused.to_string().contains("file descriptors"), "{refused}");
     }
 
     #[tokio::test]

@@ -20,7 +20,7 @@ use crate::catalogue::leases::Claim;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::work::{Train, Work};
-use crate::jobs::{Job, Lifetime, Priority};
+use crate::jobs::{Job, Lifetime, Priority, now_usec};
 use crate::memfd::read_client_file;
 
 /// Pictures of one training.
@@ -81,6 +81,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let config = Options::new(config).into_json()?;
     let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
     let uid = call.caller.uid;
+    let _turn = call.turn_to_read().await?;
     let job = call
         .remembering(move |daemon| {
             // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
@@ -99,9 +100,13 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
             check(daemon.methods.trainer(&plugin, &config, tried)?.as_ref(), &request)?;
             let id = daemon.new_id();
             let folder = daemon.training_folder(&id);
+            let given = match &rows {
+                Rows::Lease(lease) => Some(daemon.catalogue.find_lease(lease)?),
+                _ => None,
+            };
             let pictures = store_pictures(daemon, &folder, &data, lengths.as_deref(), &captions);
             let work = pictures.and_then(|pictures| {
-                let (partition, lease) = take_rows(daemon, rows, &model, &Claim::of_training(&id, &name, uid))?;
+                let (partition, lease) = take_rows(daemon, &id, rows, &model, &Claim::of_training(&id, &name, uid))?;
                 Ok(Train {
                     model,
                     precision,
@@ -120,6 +125,7 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
                     folder: folder.clone(),
                     ends_with_client: ticket.lifetime == Lifetime::Connection,
                     resume,
+                    deadline_usec: ticket.timeout.map(|span| now_usec().saturating_add(span.as_micros() as u64)),
                 })
             });
             let limits = daemon.queue_limits();
@@ -127,7 +133,10 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
             if job.is_err() {
                 // What could not be queued leaves nothing behind; the first error is the one to report.
                 let _ = std::fs::remove_dir_all(&folder);
-                let _ = daemon.catalogue.release(&id);
+                let _ = match given {
+                    Some(lease) => daemon.catalogue.hand_back(&lease, &id),
+                    None => daemon.catalogue.release(&id),
+                };
             }
             job
         })
@@ -174,8 +183,14 @@ fn rows_of(plugin: &str, in_slots: bool, options: &mut Options) -> Result<Rows> 
     Ok(Rows::Slot(partition, slot))
 }
 
-/// Leases the rows for a training; none: all rows.
-fn take_rows(daemon: &Daemon, rows: Rows, model: &str, claim: &Claim) -> Result<(Option<Partition>, Option<String>)> {
+/// Leases the rows for the training that `job` is; none: all rows.
+fn take_rows(
+    daemon: &Daemon,
+    job: &str,
+    rows: Rows,
+    model: &str,
+    claim: &Claim,
+) -> Result<(Option<Partition>, Option<String>)> {
     match rows {
         Rows::All => Ok((None, None)),
         Rows::Lease(id) => {
@@ -187,7 +202,8 @@ fn take_rows(daemon: &Daemon, rows: Rows, model: &str, claim: &Claim) -> Result<
             if lease.base_digest != base {
                 return Err(Error::option(format!("the lease {id} is for another model than {model:?}")));
             }
-            Ok((Some(lease.partition), Some(id)))
+            daemon.catalogue.take_over(&id, job)?;
+            Ok((Some(lease.partition), Some(job.to_owned())))
         }
         Rows::Slot(partition, slot) => {
             let base = base_digest(daemon, model)?;

@@ -99,6 +99,8 @@ pub struct Ticket {
     pub token: Option<String>,
     /// After this time it fails.
     pub timeout: Option<Duration>,
+    /// When it was asked for, microseconds since 1970; none: now.
+    pub created_usec: Option<u64>,
 }
 
 /// Where a job is.
@@ -211,6 +213,8 @@ pub struct Job {
     pub work: Mutex<Option<Work>>,
     /// What a training holds until it is over, however it ends.
     pub held: Option<Held>,
+    /// The path of the composition that a merging is about: it is of no use where that fails.
+    pub composition: Option<String>,
     /// Where previews go.
     pub previews: Previews,
     status: Mutex<Status>,
@@ -238,10 +242,11 @@ impl Job {
             priority: ticket.priority,
             lifetime: ticket.lifetime,
             description: cut(&work.description(), TEXT_BYTES_MAX).into_owned(),
-            created_usec: now_usec(),
+            created_usec: ticket.created_usec.unwrap_or_else(now_usec),
             created: Instant::now(),
             deadline: ticket.timeout.and_then(|span| Instant::now().checked_add(span)),
             held: work.held(),
+            composition: work.composition(),
             work: Mutex::new(Some(work)),
             previews: Previews::default(),
             status: Mutex::new(Status {

@@ -61,8 +61,9 @@ impl Previews {
         Ok(theirs)
     }
 
-    /// How many watch.
+    /// How many watch: those who have gone no longer do.
     pub fn watchers(&self) -> usize {
+        self.flush();
         self.lock().len()
     }
 

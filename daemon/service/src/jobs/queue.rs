@@ -72,6 +72,8 @@ struct Inner {
     served: HashMap<String, u64>,
     turn: u64,
     control: VecDeque<Control>,
+    /// Jobs that were taken, and are not yet known to run or to have ended.
+    taken: usize,
     stopping: bool,
     /// How long a job waits for those of a higher priority; none: for ever.
     wait_max: Option<Duration>,
@@ -153,9 +155,16 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Whether [`Self::stop`] was called.
-    pub fn is_stopping(&self) -> bool {
-        self.lock().stopping
+    /// A job that was taken is known to run, or has ended.
+    pub fn noted(&self) {
+        let mut inner = self.lock();
+        inner.taken = inner.taken.saturating_sub(1);
+    }
+
+    /// Whether [`Self::stop`] was called, and nothing that was taken before is under way unnoticed.
+    pub fn is_over(&self) -> bool {
+        let inner = self.lock();
+        inner.stopping && inner.taken == 0
     }
 
     /// Waits at most `patience` for something to do.
@@ -215,6 +224,7 @@ impl Inner {
         let at = best?.0;
         let job = self.waiting.remove(at);
         self.turn += 1;
+        self.taken += 1;
         self.served.insert(job.owner.client.clone(), self.turn);
         if self.served.len() > 4096 {
             let waiting = &self.waiting;
@@ -275,7 +285,8 @@ mod tests {
 
     fn job(id: &str, client: &str, priority: Priority) -> Arc<Job> {
         let owner = Owner { client: client.into(), uid: 0 };
-        let ticket = Ticket { owner, priority, lifetime: Lifetime::Daemon, token: None, timeout: None };
+        let lifetime = Lifetime::Daemon;
+        let ticket = Ticket { owner, priority, lifetime, token: None, timeout: None, created_usec: None };
         Arc::new(Job::new(id.into(), format!("/{id}"), &ticket, Work::Empty))
     }
 
@@ -327,6 +338,17 @@ mod tests {
             queue.push(job.clone(), LIMITS).unwrap();
             assert_eq!(job.status(|s| s.queue_position), place, "{id}");
         }
+    }
+
+    #[test]
+    fn what_was_taken_counts_until_it_is_noted() {
+        let queue = Queue::default();
+        queue.push(job("a", "x", Priority::Normal), Limits::NONE).unwrap();
+        assert!(matches!(queue.next(Duration::ZERO), Next::Job(_)));
+        queue.stop();
+        assert!(!queue.is_over());
+        queue.noted();
+        assert!(queue.is_over());
     }
 
     #[test]

@@ -107,6 +107,9 @@ pub struct Train {
     /// It is to go on from a checkpoint, and fails where there is none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub resume: bool,
+    /// When it is over in any case, microseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_usec: Option<u64>,
 }
 
 /// What a training holds until it is over.
@@ -228,6 +231,14 @@ impl Work {
     pub fn held(&self) -> Option<Held> {
         match self {
             Self::Train(work) => Some(Held { lease: work.lease.clone(), folder: work.folder.clone() }),
+            _ => None,
+        }
+    }
+
+    /// The path of the composition that was made for it alone.
+    pub fn composition(&self) -> Option<String> {
+        match self {
+            Self::Merge { composition, .. } => Some(composition.clone()),
             _ => None,
         }
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use crate::catalogue::jobs::JobEntry;
 use crate::daemon::Daemon;
@@ -16,6 +17,8 @@ use crate::objects::Object;
 
 /// How often changes are told: progress comes at most ten times a second.
 const TICK: Duration = Duration::from_millis(100);
+/// How often it is looked for plugins, in ticks.
+const PLUGINS: u64 = 20;
 /// Finished jobs that wait to be written into the history, at most.
 const PENDING_MAX: usize = 10_000;
 
@@ -26,7 +29,7 @@ pub async fn run(daemon: Arc<Daemon>, mut finished: mpsc::UnboundedReceiver<Arc<
     let watchdog = sd_notify::watchdog_enabled().map(|timeout| timeout / 3);
     let mut last_ping = Instant::now();
     let mut ticks = 0u64;
-    let mut opening: Option<tokio::task::JoinHandle<()>> = None;
+    let (mut opening, mut looking): (Option<JoinHandle<()>>, Option<JoinHandle<()>>) = (None, None);
     let mut history = History { daemon: daemon.clone(), pending: Vec::new(), writing: None };
     loop {
         tokio::select! {
@@ -51,6 +54,10 @@ pub async fn run(daemon: Arc<Daemon>, mut finished: mpsc::UnboundedReceiver<Arc<
                         let daemon = daemon.clone();
                         opening = Some(tokio::task::spawn_blocking(move || recover::late(&daemon)));
                     }
+                    if ticks.is_multiple_of(PLUGINS) && looking.as_ref().is_none_or(|looking| looking.is_finished()) {
+                        let daemon = daemon.clone();
+                        looking = Some(tokio::task::spawn_blocking(move || daemon.look_for_plugins()));
+                    }
                     let idle = daemon.config().daemon.exit_when_idle_sec;
                     if idle > 0 && daemon.idle_for().as_secs() >= idle {
                         tracing::info!("nobody needed the daemon for {idle} s: it ends");
@@ -64,7 +71,7 @@ pub async fn run(daemon: Arc<Daemon>, mut finished: mpsc::UnboundedReceiver<Arc<
                 }
             }
         }
-        if daemon.is_stopping() && daemon.queue.is_stopping() && daemon.running().is_empty() && finished.is_empty() {
+        if daemon.is_stopping() && daemon.queue.is_over() && daemon.running().is_empty() && finished.is_empty() {
             break;
         }
     }
@@ -93,9 +100,12 @@ fn announce(daemon: &Daemon, job: &Arc<Job>) {
 }
 
 /// Jobs that wait longer than their time.
-fn stop_overdue(daemon: &Daemon) {
-    for job in daemon.queue.remove_all(|job| job.stop_requested() == Some(Stop::TimedOut)) {
-        daemon.drop_waiting(&job);
+fn stop_overdue(daemon: &Arc<Daemon>) {
+    let overdue = daemon.queue.remove_all(|job| job.stop_requested() == Some(Stop::TimedOut));
+    if !overdue.is_empty() {
+        let daemon = daemon.clone();
+        // The end of a training is written to the disk.
+        tokio::task::spawn_blocking(move || overdue.iter().for_each(|job| daemon.drop_waiting(job)));
     }
 }
 
@@ -103,7 +113,7 @@ fn stop_overdue(daemon: &Daemon) {
 struct History {
     daemon: Arc<Daemon>,
     pending: Vec<JobEntry>,
-    writing: Option<tokio::task::JoinHandle<Result<(), Vec<JobEntry>>>>,
+    writing: Option<JoinHandle<Result<(), Vec<JobEntry>>>>,
 }
 
 impl History {

@@ -44,7 +44,11 @@ fn take_in(daemon: &Arc<Daemon>) -> Result<()> {
     }
     adopt(daemon.clone(), recovered.strays)?;
     for entry in daemon.catalogue.unfinished_jobs()? {
-        take_up(daemon, entry)?;
+        let id = entry.id.clone();
+        // One that cannot be taken up is not in the way of the others.
+        if let Err(error) = take_up(daemon, entry) {
+            tracing::error!("job {id}: {error}");
+        }
     }
     let alive: Vec<String> = daemon.jobs().iter().map(|job| job.id.clone()).collect();
     // Folders of jobs that nobody knows any more.
@@ -89,7 +93,9 @@ fn take_up(daemon: &Arc<Daemon>, entry: JobEntry) -> Result<()> {
     let lease = work.as_ref().ok().and_then(|work| work.lease.clone());
     let Err(error) = work.and_then(|work| go_on(daemon, &entry, work)) else { return Ok(()) };
     tracing::warn!("job {}: {error}", entry.id);
-    daemon.keep_checkpoint(&folder)?;
+    if let Err(error) = daemon.keep_checkpoint(&folder) {
+        tracing::warn!("job {}: its checkpoint is lost: {error}", entry.id);
+    }
     let ended = JobEntry {
         state: "failed".to_owned(),
         finished_usec: now_usec(),
@@ -117,7 +123,7 @@ fn go_on(daemon: &Arc<Daemon>, entry: &JobEntry, work: Train) -> Result<()> {
     if !work.folder.is_dir() {
         return Err(Error::failed(format!("{}: its folder is missing", work.folder.display())));
     }
-    daemon.resume_training(entry.id.clone(), entry.uid, &entry.priority, work)?;
+    daemon.resume_training(entry, work)?;
     tracing::info!("job {}: the training of {:?} goes on", entry.id, entry.description);
     Ok(())
 }

@@ -18,7 +18,6 @@ use crate::error::{Error, Kind, Result};
 use crate::jobs::work::Work;
 use crate::jobs::{Lifetime, Owner, Priority, Stop, Ticket};
 use crate::methods::Methods;
-use crate::objects::{Object, path_of};
 use crate::worker;
 
 /// How long a private daemon waits for the one before it.
@@ -55,7 +54,8 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
     raise_limits();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(16)
+        // Far more than there are calls that read clients' files at once, which may hang.
+        .max_blocking_threads(64)
         .thread_name("control")
         .enable_all()
         .build()
@@ -162,9 +162,7 @@ async fn live(
     let (daemon, finished) =
         Daemon::new((config, files), read_config, catalogue, methods, Authority::default(), device)?;
     daemon.add_known_models()?;
-    for method in daemon.methods.list() {
-        daemon.add_object(&path_of("plugin", &method.id), Object::Plugin(method.id.clone()));
-    }
+    daemon.look_for_plugins();
     if let Err(error) = recover::recover(&daemon) {
         tracing::error!("what the last daemon left cannot be taken in: {error}");
     }
@@ -196,8 +194,11 @@ async fn live(
         let stream = activation::standard_input()?;
         let served = daemon.clone();
         tokio::spawn(async move {
-            if let Err(error) = serve::one(served.clone(), stream).await {
-                tracing::error!("{error}");
+            // In a task of its own: the daemon ends with the connection, however that ends.
+            match tokio::spawn(serve::one(served.clone(), stream)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!("{error}"),
+                Err(error) => tracing::error!("{error}"),
             }
             served.request_stop();
         });
@@ -248,7 +249,7 @@ fn follow_sleep(daemon: &Arc<Daemon>, bus: Bus, connection: Option<zbus::Connect
 fn load_default(daemon: &Arc<Daemon>) {
     let owner = Owner { client: String::new(), uid: daemon.uid };
     let (priority, lifetime) = (Priority::Normal, Lifetime::Daemon);
-    let ticket = Ticket { owner, priority, lifetime, token: None, timeout: None };
+    let ticket = Ticket { owner, priority, lifetime, token: None, timeout: None, created_usec: None };
     let queued = match daemon.default_model() {
         Some(model) => {
             let precision = daemon.config().models.precision;

@@ -1,6 +1,7 @@
 //! The plugin host as the daemon's source of methods.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use blocklora_check::Level;
@@ -12,20 +13,53 @@ use blocklora_spec::Partition;
 use serde_json::{Map, Value, json};
 
 use super::check::{Request, check};
-use super::{BY_HAND, Entry, Plugins, State};
+use super::records::Scanned;
+use super::{BY_HAND, Entry, Found, PluginError, Plugins, State};
 use crate::error::{Error, Kind, Result};
 use crate::methods::{MethodInfo, MethodKind, Methods};
 
 /// The setting that says which rows a trainer's adapter owns.
 const PARTITION: &str = "partition";
 
-/// How long a list is good for: properties ask for it at every turn.
-const LIST_LIFETIME: Duration = Duration::from_secs(1);
+/// How long the list believes a scan that refused a plugin. Who asks for the plugin itself has it scanned at once.
+const REFUSED_LIFETIME: Duration = Duration::from_secs(60);
+
+/// The daemon's list of methods, which properties ask for at every turn.
+#[derive(Default)]
+pub(super) struct Listed {
+    list: Vec<MethodInfo>,
+    /// Plugins that were refused, by the digests of library and manifest, and when.
+    refused: HashMap<(String, String), (Instant, PluginError)>,
+}
 
 impl Plugins {
+    fn lock_listed(&self) -> MutexGuard<'_, Listed> {
+        self.listed.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What the plugin's scan said. One that was refused just now is not tried again: every scan is a process.
+    fn scanned_once(&self, found: &Found) -> super::Result<Scanned> {
+        let (digest, known) = self.known(found)?;
+        if let Some(scanned) = known {
+            return Ok(scanned);
+        }
+        let key = (digest, self.records.digest(&found.path).unwrap_or_default());
+        if let Some((_, error)) = self.lock_listed().refused.get(&key) {
+            return Err(error.clone());
+        }
+        let scanned = self.scanned(found).map(|(_, scanned)| scanned);
+        // A quarantine is remembered elsewhere, and may be lifted.
+        if let Err(error) = &scanned
+            && !matches!(error, PluginError::Quarantined { .. })
+        {
+            self.lock_listed().refused.insert(key, (Instant::now(), error.clone()));
+        }
+        scanned
+    }
+
     fn method_info(&self, entry: &Entry) -> MethodInfo {
         let manifest = &entry.found.manifest;
-        let info = self.scanned(&entry.found);
+        let info = self.scanned_once(&entry.found);
         let (state, reason) = match (&entry.state, &info) {
             (State::Quarantined(reason), _) if reason == BY_HAND => ("disabled", (String::new(), reason.clone())),
             (_, Ok(_)) => ("enabled", Default::default()),
@@ -46,7 +80,7 @@ impl Plugins {
             version: manifest.version.clone(),
             digest: entry.digest.clone(),
             abi: manifest.abi().unwrap_or_default(),
-            config_schema: info.map_or_else(|_| "{}".to_owned(), |(_, scanned)| scanned.schema.to_string()),
+            config_schema: info.map_or_else(|_| "{}".to_owned(), |scanned| scanned.schema.to_string()),
             state: state.to_owned(),
             reason,
             crashes: self.records.get(&entry.digest).crashes,
@@ -60,15 +94,13 @@ fn value(config: &Map<String, Value>) -> Value {
 
 impl Methods for Plugins {
     fn list(&self) -> Vec<MethodInfo> {
-        let mut listed = self.listed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some((at, list)) = &*listed
-            && at.elapsed() < LIST_LIFETIME
-        {
-            return list.clone();
-        }
-        let list: Vec<MethodInfo> = Plugins::list(self).0.iter().map(|entry| self.method_info(entry)).collect();
-        *listed = Some((Instant::now(), list.clone()));
-        list
+        self.lock_listed().list.clone()
+    }
+
+    fn refresh(&self) {
+        self.lock_listed().refused.retain(|_, (at, _)| at.elapsed() < REFUSED_LIFETIME);
+        let list = Plugins::list(self).0.iter().map(|entry| self.method_info(entry)).collect();
+        self.lock_listed().list = list;
     }
 
     fn sampler(&self, id: &str, config: &Map<String, Value>) -> Result<Arc<dyn Sampler>> {
@@ -97,10 +129,15 @@ impl Methods for Plugins {
     }
 
     fn set_state(&self, id: &str, state: &str) -> Result<()> {
-        let (kind, id) = self.split(id)?;
+        let (kind, own_id) = self.split(id)?;
         let reason = (state == "disabled").then_some(BY_HAND);
-        self.set_quarantine(kind, &id, reason)?;
-        *self.listed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
+        self.set_quarantine(kind, &own_id, reason)?;
+        self.lock_listed().refused.clear();
+        // This one's change is seen at once.
+        let info = self.method_info(&self.entry(self.find(kind, &own_id)?));
+        if let Some(listed) = self.lock_listed().list.iter_mut().find(|listed| listed.id == id) {
+            *listed = info;
+        }
         Ok(())
     }
 

@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blocklora_engine::merge::strategy::MergeStrategy;
 use blocklora_engine::sample::Sampler;
@@ -45,7 +45,6 @@ use blocklora_spec::Algorithm;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::methods::MethodInfo;
 pub use discover::{Broken, Found};
 pub use error::{PluginError, Result, noun};
 use kept::Kept;
@@ -123,7 +122,8 @@ pub fn crash_of(status: ExitStatus, process: u32, options: &Options) -> Option<S
     let plugins: Vec<String> =
         running::ended_in(&options.state, process).iter().map(|digest| records.name(digest)).collect();
     let death = helper::death(status);
-    if plugins.is_empty() {
+    // What somebody else ended is no plugin's fault, whosever code it was in.
+    if plugins.is_empty() || helper::was_ended(status) {
         return status.signal().map(|_| death);
     }
     Some(format!(
@@ -180,8 +180,7 @@ pub struct Plugins {
     open: Mutex<HashMap<String, Library>>,
     /// Whether one of them does not come with this release.
     foreign: AtomicBool,
-    /// What the daemon's list was last, and when.
-    listed: Mutex<Option<(Instant, Vec<MethodInfo>)>>,
+    listed: Mutex<methods::Listed>,
     samplers: Kept<dyn Sampler>,
     strategies: Kept<dyn MergeStrategy>,
 }
@@ -371,8 +370,8 @@ impl Plugins {
         })
     }
 
-    /// What the plugin's scan said: of this time, or of the last one of the same file.
-    fn scanned(&self, found: &Found) -> Result<(String, Scanned)> {
+    /// What the last scan of the same file said, if there was one; an error for a plugin that may not be used.
+    fn known(&self, found: &Found) -> Result<(String, Option<Scanned>)> {
         let digest = self.digest(found)?;
         let record = self.records.get(&digest);
         if let Some(reason) = record.quarantine {
@@ -384,10 +383,14 @@ impl Plugins {
                 PluginError::Quarantined { name, reason }
             });
         }
-        let scanned = match record.scanned {
-            Some(scanned) if is_of(&scanned, &found.manifest) => scanned,
-            _ => scan::scan_in_helper(&self.records, &digest, found, self.options.scan_max)?,
-        };
+        Ok((digest, record.scanned.filter(|scanned| is_of(scanned, &found.manifest))))
+    }
+
+    /// What the plugin's scan said: of the last time, or of this one.
+    fn scanned(&self, found: &Found) -> Result<(String, Scanned)> {
+        let (digest, known) = self.known(found)?;
+        let scan = || scan::scan_in_helper(&self.records, &digest, found, self.options.scan_max);
+        let scanned = known.map_or_else(scan, Ok)?;
         Ok((digest, scanned))
     }
 

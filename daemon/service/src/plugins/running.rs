@@ -160,6 +160,7 @@ fn read_the_dead(folder: &Path, records: &Records) {
         if file.read_to_end(&mut text).is_err() || std::fs::remove_file(path).is_err() {
             continue;
         }
+        // Whether it crashed there, or somebody killed it while it was there, is not written down: a row of them counts.
         for (digest, died) in lines(&text) {
             if died || records.deaths(digest) > 0 {
                 count(records, digest, died);
@@ -208,7 +209,7 @@ mod tests {
                         assert_eq!(crashes(), [death - 1, 0, 0]);
                         // It dies here: the file is closed as it is.
                         running.lock().file = None;
-                        assert_eq!(ended_in(), [one.clone()]);
+                        assert_eq!(ended_in(), std::slice::from_ref(&one));
                     });
                 });
             });
@@ -216,6 +217,23 @@ mod tests {
             assert_eq!(crashes(), [death, 0, 0]);
             assert_eq!(records.get(&one).quarantine.is_some(), death == DEATHS_MAX, "{death}");
         }
+    }
+
+    #[test]
+    fn who_was_killed_did_not_crash() {
+        use std::os::unix::process::ExitStatusExt;
+        let state = tempfile::tempdir().unwrap();
+        let records = Records::open(state.path());
+        let running = Arc::new(Running::open(state.path(), &records));
+        let options = super::super::Options { state: state.path().to_owned(), ..Default::default() };
+        let crash = |signal| {
+            let status = std::process::ExitStatus::from_raw(signal);
+            super::super::crash_of(status, std::process::id(), &options).unwrap()
+        };
+        Place::new(running, &"a".repeat(64)).inside(|| {
+            assert!(crash(11).contains("segmentation fault) in the code of the plugin"), "{}", crash(11));
+            assert_eq!(crash(9), "was killed (signal 9) by somebody or for want of memory");
+        });
     }
 
     #[test]

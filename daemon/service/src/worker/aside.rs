@@ -8,6 +8,7 @@ use zbus::Variant;
 use super::{Outcome, settle};
 use crate::catalogue::adapters::Filter;
 use crate::daemon::Daemon;
+use crate::dbus::library::show_found;
 use crate::dbus::value::{dict, own};
 use crate::error::{Error, Result};
 use crate::jobs::Job;
@@ -40,7 +41,9 @@ pub fn validate_library(daemon: &Arc<Daemon>, job: &Arc<Job>) -> Result<()> {
                 if job.stop_requested().is_some() {
                     return Err(job.stop_error());
                 }
-                if let Err(error) = library.catalogue.open_adapter(&entry.digest) {
+                let opened = library.catalogue.open_adapter(&entry.digest);
+                show_found(&library, &entry.digest);
+                if let Err(error) = opened {
                     let state = library.catalogue.find_adapter(&entry.digest).map_or(entry.state, |e| e.state);
                     problems.push((entry.digest, state, error.message));
                 }

@@ -68,12 +68,14 @@ impl Worker {
     /// Runs a job to its end.
     fn run(&mut self, job: &Arc<Job>) {
         if job.stop_requested().is_some() {
-            return self.daemon.drop_waiting(job);
+            self.daemon.drop_waiting(job);
+            return self.daemon.queue.noted();
         }
         let taken = job.work.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let Some(work) = taken else { return };
+        let Some(work) = taken else { return self.daemon.queue.noted() };
         job.start();
         self.daemon.set_running(job, true);
+        self.daemon.queue.noted();
         let artefacts = Arc::new(match &work {
             // A training goes on after its process.
             Work::Train(train) => Artefacts::in_folder(train.folder.join("artefacts")),
@@ -193,6 +195,11 @@ impl Worker {
             let stage = job.status(|s| s.stage);
             job.set_stage("yielding");
             self.run(&first);
+            if !self.residents.has(restore.model) {
+                let message =
+                    "a job in between ended by a bug, and what was merged may be anything: start this one again";
+                return Err(Error::failed(message));
+            }
             self.residents.apply(restore.model, restore.set)?;
             job.set_stage(stage);
             job.add_lent(since.elapsed());

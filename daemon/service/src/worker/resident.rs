@@ -1,6 +1,7 @@
 //! Models in memory, and what is merged into each.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use blocklora_engine::merge::{MergeReport, Merger, Target};
 use blocklora_engine::model::{Component, Model};
 use blocklora_engine::nn::LayerId;
 use blocklora_engine::text;
+use blocklora_engine::weights::WeightFile;
 
 use super::cache::Cache;
 use crate::catalogue::models::ModelEntry;
@@ -20,6 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::jobs::Job;
 use crate::jobs::work::Set;
 use crate::life::memory;
+use crate::objects::ModelObject;
 
 /// A model in memory.
 struct Resident {
@@ -37,6 +40,11 @@ impl Resident {
     /// Whether its weights are held as they are needed; none: however they are.
     fn suits(&self, precision: Option<Precision>) -> bool {
         precision.is_none_or(|precision| precision == self.precision)
+    }
+
+    /// Whether it was loaded from the folder of this one.
+    fn is_of(&self, object: &ModelObject) -> bool {
+        self.model.dir() == object.path
     }
 }
 
@@ -57,7 +65,11 @@ impl Residents {
     /// needs it in another precision waits for those who are at work on it.
     pub fn is_free(&self, id: &str, precision: Option<Precision>) -> bool {
         match self.models.get(id) {
-            Some(resident) => resident.users == 0 || resident.suits(precision),
+            // What the id stands for may be another model by now.
+            Some(resident) => {
+                let is_it = |object: Arc<ModelObject>| resident.is_of(&object) && resident.suits(precision);
+                resident.users == 0 || self.daemon.model(id).is_ok_and(is_it)
+            }
             None => self.has_room(),
         }
     }
@@ -68,12 +80,13 @@ impl Residents {
 
     /// Loads the model for a job, if it is not in memory as the job needs it, and keeps it until [`Self::release`].
     pub fn hold(&mut self, job: &Job, id: &str, precision: Option<Precision>) -> Result<()> {
-        if let Some(resident) = self.models.get_mut(id).filter(|resident| resident.suits(precision)) {
+        let object = self.daemon.model(id)?;
+        let is_it = |resident: &&mut Resident| resident.suits(precision) && resident.is_of(&object);
+        if let Some(resident) = self.models.get_mut(id).filter(is_it) {
             resident.users += 1;
             return Ok(());
         }
         self.unload(id)?;
-        let object = self.daemon.model(id)?;
         job.set_stage("loading-model");
         self.make_room()?;
         object.state().state = "loading";
@@ -81,7 +94,7 @@ impl Residents {
         let precision = precision.unwrap_or(self.daemon.config().models.precision);
         match self.load(id, &object.path, precision) {
             Ok(resident) => {
-                self.note_loaded(id, &resident);
+                self.note_loaded(&object, &resident);
                 self.models.insert(id.to_owned(), resident);
                 Ok(())
             }
@@ -109,15 +122,15 @@ impl Residents {
         self.note_bytes();
     }
 
-    fn load(&self, id: &str, path: &std::path::Path, precision: Precision) -> Result<Resident> {
+    fn load(&self, id: &str, path: &Path, precision: Precision) -> Result<Resident> {
         let fail = |e: blocklora_engine::Error| match Error::from(e) {
             e if [Kind::NotSupported, Kind::OutOfDeviceMemory].contains(&e.kind) => e,
             e => Error::new(Kind::ModelNotFound, format!("model {id:?}: {}", e.message)),
         };
         let device = &self.daemon.device.device;
-        let files: u64 = Component::ALL.iter().map(|c| folder_bytes(&path.join(c.folder()))).sum();
+        let bytes = Component::ALL.iter().map(|c| held_bytes(&path.join(c.folder()), precision)).sum();
         if device.is_cpu() {
-            check_room(id, files, memory::system().1)?;
+            check_room(id, bytes, memory::system().1)?;
         }
         // What a card has free only its driver knows, and says so by refusing.
         let model = Model::load(path, device, precision.dtype()).map_err(fail)?;
@@ -128,19 +141,19 @@ impl Residents {
         };
         let merger = Merger::new(model.layers().iter().enumerate().map(target).collect()).map_err(fail)?;
         let built_in = baked_concepts(model.dir()).map_err(fail)?;
-        // The weights as they are held: their number times the size of one.
-        let stored = model.layers().first().map_or(4, |_| model.pristine(LayerId(0)).dtype().size_in_bytes());
-        let bytes = files / stored.max(1) as u64 * precision.dtype().size_in_bytes() as u64;
         Ok(Resident { model: Arc::new(model), merger, built_in, precision, bytes, users: 1 })
     }
 
-    fn note_loaded(&self, id: &str, resident: &Resident) {
-        let Ok(object) = self.daemon.model(id) else { return };
+    fn note_loaded(&self, object: &Arc<ModelObject>, resident: &Resident) {
+        // It may have been forgotten meanwhile.
+        if !self.daemon.model(&object.id).is_ok_and(|shown| Arc::ptr_eq(&shown, object)) {
+            return;
+        }
         let model = &resident.model;
         let (_, height, width) = model.latent_shape();
         let multiple = model.vae().downscale();
         let entry = ModelEntry {
-            id: id.to_owned(),
+            id: object.id.clone(),
             path: object.path.clone(),
             digest: model.digest().to_owned(),
             architecture: model.architecture(),
@@ -190,6 +203,11 @@ impl Residents {
             concepts.push(loaded.concept.clone());
         }
         Ok((model, concepts))
+    }
+
+    /// Whether it is in memory.
+    pub fn has(&self, id: &str) -> bool {
+        self.models.contains_key(id)
     }
 
     /// How the model's weights are held.
@@ -315,16 +333,29 @@ fn check_room(id: &str, weights: u64, free: u64) -> Result<()> {
     Err(Error::new(Kind::OutOfDeviceMemory, message))
 }
 
-/// Bytes of the weight files in a folder.
-fn folder_bytes(folder: &std::path::Path) -> u64 {
+/// Bytes that the weights in a folder take as they are held: their number times the size of one.
+fn held_bytes(folder: &Path, precision: Precision) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     let weights = entries.flatten().filter(|e| e.path().extension().is_some_and(|e| e == "safetensors"));
-    weights.filter_map(|e| e.metadata().ok()).map(|m| m.len()).max().unwrap_or(0)
+    let largest = weights.filter_map(|e| Some((e.metadata().ok()?.len(), e.path()))).max();
+    // A file that cannot be read is an error when it is loaded.
+    let Some(file) = largest.and_then(|(_, path)| WeightFile::open(path).ok()) else { return 0 };
+    let views = file.names().filter_map(|name| file.view(name).ok());
+    let numbers: usize = views.map(|view| view.shape().iter().product::<usize>()).sum();
+    (numbers * precision.dtype().size_in_bytes()) as u64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_held_counts_not_what_is_stored() {
+        let unet = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/pipeline/unet");
+        let (f32, f16) = (held_bytes(&unet, Precision::F32), held_bytes(&unet, Precision::F16));
+        assert!(f32 > 0 && f32 == 2 * f16, "{f32} {f16}");
+        assert_eq!(held_bytes(Path::new("nowhere"), Precision::F32), 0);
+    }
 
     #[test]
     fn a_model_that_does_not_fit_is_refused_before_it_is_read() {

@@ -60,7 +60,9 @@ impl Worker {
             let count = |l: &blocklora_spec::LayerFactors| (l.rank * (l.columns + l.rows.len())) as u64;
             let words: u64 = adapter.tokens().iter().map(|t| t.values.len() as u64).sum();
             let trained = adapter.layers().iter().map(count).sum::<u64>() + words;
-            return Ok((trained, u32::try_from(adapter.manifest().training.steps).unwrap_or(u32::MAX)));
+            let steps = u32::try_from(adapter.manifest().training.steps).unwrap_or(u32::MAX);
+            job.set_step(steps, steps, None);
+            return Ok((trained, steps));
         }
         let concept = Concept { name: work.name.clone(), class_word: work.class_word.clone(), kind: work.kind };
         let trainer = self.daemon.methods.trainer(&work.trainer, &work.config, work.partition)?;

@@ -45,6 +45,11 @@ impl Hostile {
         std::fs::rename(&new, &library).unwrap();
     }
 
+    /// Takes the plugin of this kind away.
+    pub fn remove(&self, kind: &str) {
+        std::fs::remove_file(self.folder.path().join(format!("{kind}-hostile.toml"))).unwrap();
+    }
+
     /// A daemon that knows them, with the stub-sized model; their code runs as `isolation` says.
     pub fn daemon(&self, isolation: &str) -> Daemon {
         let built = blocklorad().with_file_name("");
