@@ -96,7 +96,7 @@ fn what_nobody_sets_is_as_the_models_folder_has_it() {
     assert!(output.status.success() && stderr.contains("warning: token_norm_limit = 0.55 is not kept"), "{stderr}");
     let said = settings_of("none.st", &[]);
     assert_eq!((&said["batch_size"], &said["layers"], &said["steps"]), (&2.into(), &"all".into(), &2.into()));
-    assert_eq!(said["learning_rate"]["unet"], 5e-4);
+    assert_eq!(said["learning_rate"]["unet"], 2e-4);
     let said = settings_of("some.st", &["--config", "settings.toml"]);
     assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &1e-3.into()));
     assert_eq!(said["learning_rate"]["tokens"], 0.06);
