@@ -328,7 +328,7 @@ async fn sighup_reads_the_configuration_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_user_may_not_cancel_a_job() {
     if !rustix::process::geteuid().is_root() {
-        println!("only root can become another user: not run");
+        common::not_run("only root can become another user");
         return;
     }
     let mut daemon = Daemon::start();
@@ -394,7 +394,7 @@ fn on_a_small_disk(size: &str) -> Option<(Daemon, Mounted)> {
     std::fs::remove_dir_all(&state).unwrap();
     std::fs::create_dir(&state).unwrap();
     let Some(mounted) = Mounted::new(&state, size) else {
-        println!("a file system of its own cannot be mounted here: not run");
+        common::not_run("a file system of its own cannot be mounted");
         return None;
     };
     daemon.restart();

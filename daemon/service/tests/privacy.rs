@@ -18,7 +18,7 @@ const OTHER: u32 = 65534;
 fn is_root() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
-        println!("only root can become another user: not run");
+        common::not_run("only root can become another user");
     }
     is_root
 }
