@@ -17,9 +17,7 @@ use zbus::{Message, OwnedObjectPath, Variant};
 /// Brings a bundled adapter for the length of the connection; its path.
 async fn bring(client: &Client, name: &str) -> String {
     let file = File::open(adapter_file(name)).unwrap();
-    let body = (zbus::Fd::from(file.as_fd()), dict([("lifetime", "connection".into())]));
-    let path: OwnedObjectPath = client.call(ROOT, "Manager", "RegisterAdapter", &body).await.unwrap();
-    path.as_str().to_owned()
+    common::bring(client, &file).await.unwrap().as_str().to_owned()
 }
 
 /// Asks for the file of a brought adapter again and again.

@@ -8,14 +8,13 @@ mod common;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blocklora_spec::{Adapter, AdapterBuilder, Layer, Manifest, Storage};
 use common::raw::raw_connection;
-use common::{Bus, Client, Daemon, Dict, ROOT, adapter_file, alive, dict, stub, until};
+use common::{Bus, Client, Daemon, Dict, ROOT, adapter_file, alive, bring, dict, stub, until};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use zbus::{OwnedObjectPath, OwnedVariant, Structure};
 
@@ -255,11 +254,6 @@ fn small_adapter(folder: &Path, name: &str) -> (File, u64) {
     let path = folder.join(format!("{name}.safetensors"));
     AdapterBuilder::new(&manifest, Storage::F32).layer(layer).write(&path).unwrap();
     (File::open(&path).unwrap(), path.metadata().unwrap().len())
-}
-
-async fn bring(client: &Client, file: &File) -> Result<OwnedObjectPath, String> {
-    let body = (zbus::Fd::from(file.as_fd()), dict([("lifetime", "connection".into())]));
-    client.call(ROOT, "Manager", "RegisterAdapter", &body).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

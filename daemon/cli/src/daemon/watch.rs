@@ -104,15 +104,12 @@ pub async fn look_on<R: DeserializeOwned>(job: &Job<R>, label: &'static str) -> 
     let bar = progress::bar(label, 0);
     let mut states = job.progress().await?;
     let mut shown = Shown::default();
-    let ended = job.wait();
+    let ended = unless_interrupted(job.wait(), "the job goes on");
     tokio::pin!(ended);
     let result = loop {
         tokio::select! {
-            result = &mut ended => break result.map_err(Into::into),
+            result = &mut ended => break result.and_then(|ended| ended.map_err(Into::into)),
             Some(state) = states.next() => shown.update(&bar, &state),
-            () = tokio::time::sleep(TICK) => if interrupt::requested() {
-                break Err(Interrupted("the job goes on".into()).into());
-            },
         }
     };
     bar.finish_and_clear();

@@ -39,11 +39,7 @@ impl Daemon {
     /// Fails where no more previews can be watched.
     pub fn check_previews(&self) -> Result<()> {
         let open: usize = self.jobs().iter().map(|job| job.previews.watchers()).sum();
-        if open < descriptors::for_previews() {
-            return Ok(());
-        }
-        let message = format!("{open} previews are watched, and no more may be ({}); close some", descriptors::CURE);
-        Err(Error::new(Kind::NotSupported, message))
+        descriptors::check(open, descriptors::for_previews(), "previews are watched", "close some")
     }
 
     /// A client has gone, and is no longer among those that are connected: what lived with its connection ends.

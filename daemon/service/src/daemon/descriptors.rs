@@ -1,6 +1,8 @@
 //! How many file descriptors are for what. The process may have so many open and no more: what clients keep leaves room for
 //! those who connect, and for the daemon's own files.
 
+use crate::error::{Error, Kind, Result};
+
 /// For results of finished jobs: a half.
 pub fn for_results() -> usize {
     most() / 2
@@ -14,6 +16,14 @@ pub fn for_adapters() -> usize {
 /// For previews: an eighth.
 pub fn for_previews() -> usize {
     most() / 8
+}
+
+/// Fails where `open`, which are `what`, are as many as may be; `cure` is what their owner can do.
+pub fn check(open: usize, most: usize, what: &str, cure: &str) -> Result<()> {
+    if open < most {
+        return Ok(());
+    }
+    Err(Error::new(Kind::NotSupported, format!("{open} {what}, and no more may be ({CURE}); {cure}")))
 }
 
 /// What to change where they do not suffice.

@@ -1,6 +1,5 @@
 //! Adapters that clients brought without adding them to the library.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use blocklora_spec::Adapter;
@@ -29,9 +28,8 @@ impl Loose {
 
 const CURE: &str = "unregister some, or register them in the library";
 
-/// Fails if `size` bytes more are too many for what `client` brought.
-fn check_bytes(loose: &HashMap<String, Loose>, client: &str, size: u64, most: u64) -> Result<()> {
-    let bytes: u64 = loose.values().filter(|held| held.is_of(client)).map(|held| held.entry.size).sum();
+/// Fails if `size` bytes more are too many for a client that brought `bytes`.
+fn check_bytes(bytes: u64, size: u64, most: u64) -> Result<()> {
     if bytes.saturating_add(size) <= most {
         return Ok(());
     }
@@ -39,17 +37,6 @@ fn check_bytes(loose: &HashMap<String, Loose>, client: &str, size: u64, most: u6
         "the adapters of this connection have {bytes} bytes; with {size} more they are above the {most} of \
          limits.adapter_bytes_per_client_max; {CURE}"
     );
-    Err(Error::new(Kind::NotSupported, message))
-}
-
-/// Fails if no further file may be kept open.
-fn check_files(loose: &HashMap<String, Loose>) -> Result<()> {
-    let open = loose.len();
-    if open < descriptors::for_adapters() {
-        return Ok(());
-    }
-    let message =
-        format!("{open} adapters of connections are open, and no more may be ({}); {CURE}", descriptors::CURE);
     Err(Error::new(Kind::NotSupported, message))
 }
 
@@ -62,7 +49,7 @@ impl Daemon {
         if let Ok(size) = memfd::size(&fd)
             && size <= FILE_BYTES_MAX
         {
-            check_bytes(&HashMap::new(), &owner.client, size, most)?;
+            check_bytes(0, size, most)?;
         }
         let bytes = memfd::read_client_file(fd, FILE_BYTES_MAX, what)?;
         let file = memfd::sealed("adapter", &bytes)?;
@@ -76,10 +63,11 @@ impl Daemon {
         self.check_connected(&owner.client)?;
         let known = loose.get(&entry.digest);
         if known.is_none_or(|held| !held.is_of(&owner.client)) {
-            check_bytes(&loose, &owner.client, size, self.config().limits.adapter_bytes_per_client_max)?;
+            let brought = loose.values().filter(|held| held.is_of(&owner.client)).map(|held| held.entry.size).sum();
+            check_bytes(brought, size, most)?;
         }
         if known.is_none() {
-            check_files(&loose)?;
+            descriptors::check(loose.len(), descriptors::for_adapters(), "adapters of connections are open", CURE)?;
         }
         let held = loose.entry(entry.digest.clone()).or_insert(Loose { file, entry, clients: Vec::new() });
         if !held.is_of(&owner.client) {

@@ -60,7 +60,7 @@ pub fn run(options: &Options, methods: impl FnOnce(&Config) -> Arc<dyn Methods>)
         .enable_all()
         .build()
         .map_err(|e| Error::io("cannot start", &e))?;
-    let result = runtime.block_on(live(options, (config, files), device, methods));
+    let result = runtime.block_on(live(options, &state, (config, files), device, methods));
     // Nothing that still blocks is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(200));
     // One that could not be taken may be somebody's.
@@ -125,19 +125,19 @@ async fn lock_state(folder: &Path, private: bool) -> Result<lock::Lock> {
 
 async fn live(
     options: &Options,
+    folder: &Path,
     (config, files): (Config, Vec<PathBuf>),
     device: Chosen,
     methods: impl FnOnce(&Config) -> Arc<dyn Methods>,
 ) -> Result<()> {
     let bus = config.daemon.bus;
-    let folder = paths::state_dir(&config)?;
-    let made = std::fs::create_dir_all(&folder);
+    let made = std::fs::create_dir_all(folder);
     if !folder.is_dir() {
         made.map_err(|e| Error::io(folder.display(), &e))?;
     }
     // Held until the end.
-    let _state = lock_state(&folder, options.private).await?;
-    let catalogue = open_catalogue(&folder)?;
+    let _state = lock_state(folder, options.private).await?;
+    let catalogue = open_catalogue(folder)?;
     let handed = if options.private { None } else { activation::handed_over()? };
     let path = if handed.is_some() { None } else { paths::socket(&config)? };
     let mut _device = None;

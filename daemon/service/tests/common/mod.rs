@@ -36,6 +36,12 @@ pub fn not_run(why: &str) {
     }
 }
 
+/// Brings an adapter for the length of the connection; its path.
+pub async fn bring(client: &Client, file: &File) -> Result<OwnedObjectPath, String> {
+    let body = (zbus::Fd::from(file.as_fd()), dict([("lifetime", "connection".into())]));
+    client.call(ROOT, "Manager", "RegisterAdapter", &body).await
+}
+
 /// Builds an a{sv}.
 pub fn dict<const N: usize>(entries: [(&str, Variant<'static>); N]) -> Dict {
     entries.into_iter().map(|(key, value)| (key.to_owned(), value.try_into_owned().unwrap())).collect()
