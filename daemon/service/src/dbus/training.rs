@@ -17,10 +17,11 @@ use super::manager::{default_model, precision_of};
 use super::slots::{PARTITION, base_digest, check_slot, partition_of};
 use super::value::{Dict, Options};
 use crate::catalogue::leases::Claim;
+use crate::config::Precision;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::work::{Train, Work};
-use crate::jobs::{Job, Lifetime, Priority, now_usec};
+use crate::jobs::{Job, Lifetime, Priority, Ticket, now_usec};
 use crate::memfd::read_client_file;
 
 /// Pictures of one training.
@@ -33,20 +34,38 @@ enum Rows {
     Slot(Partition, Option<u32>),
 }
 
+/// A training as it is asked for.
+struct Asked {
+    /// Id of the trainer.
+    plugin: String,
+    /// The trainer's settings, as far as the caller gives them.
+    config: Map<String, Value>,
+    model: String,
+    precision: Precision,
+    rows: Rows,
+    /// What the engine is to make; where to is known once there is a job.
+    request: TrainRequest,
+    pictures: Pictures,
+    uid: u32,
+}
+
+/// The pictures of a training, as they are sent.
+struct Pictures {
+    /// One file each, or one with all of them.
+    data: Vec<OwnedFd>,
+    /// How many bytes of that one file each has.
+    lengths: Option<Vec<u64>>,
+    /// One for each; empty: none.
+    captions: Vec<String>,
+}
+
 /// Queues a training.
 pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
     let (plugin, config, data, options): (String, Dict, Vec<OwnedFd>, Dict) = call.args()?;
     call.authorize("train").await?;
     let mut options = Options::new(options);
     let ticket = call.ticket(&mut options, Priority::Background, Lifetime::Daemon)?;
-    let name = options.required("name")?;
-    if !is_name(&format!("{name}-1")) {
-        return Err(Error::option(format!("option \"name\": {name:?}: with -1 behind it, it {NAME_RULE}")).into());
-    }
-    let class_word = options.required("class_word")?;
-    let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
-    let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
-    let kind = blocklora_spec::Kind::from_name(&kind).ok_or_else(unknown)?;
+    let concept = concept_of(&mut options)?;
     let (captions, lengths) = (options.strings("captions")?, options.u64s("lengths")?);
     let model = options.string("model")?.map_or_else(|| default_model(&call.daemon), Ok)?;
     let precision = precision_of(&call.daemon, &mut options)?;
@@ -60,88 +79,106 @@ pub async fn train(call: &Call) -> Result<Arc<Job>, Refusal> {
         Some("f16") => Storage::F16,
         Some(other) => return Err(Error::option(format!("option \"storage\": {other:?} is not f32 or f16")).into()),
     };
-    let seed = options.u64("seed")?.unwrap_or(0);
-    let (licence, created) = (options.string("licence")?, options.string("created")?);
-    let resume = options.boolean("resume")?.unwrap_or(false);
+    let request = TrainRequest {
+        concept,
+        seed: options.u64("seed")?.unwrap_or(0),
+        output: PathBuf::new(),
+        resume: options.boolean("resume")?.unwrap_or(false),
+        storage,
+        licence: options.string("licence")?,
+        created: options.string("created")?,
+        sampler: None,
+    };
     options.finish()?;
+    let pictures = pictures_of(data, lengths, captions)?;
+    call.daemon.model(&model)?;
+    let config = Options::new(config).into_json()?;
+    let asked = Asked { plugin, config, model, precision, rows, request, pictures, uid: call.caller.uid };
+    let _turn = call.turn_to_read().await?;
+    Ok(call.remembering(move |daemon| queue(daemon, &ticket, asked)).await?)
+}
+
+/// The concept that `options` name.
+fn concept_of(options: &mut Options) -> Result<Concept> {
+    let name = options.required("name")?;
+    if !is_name(&format!("{name}-1")) {
+        return Err(Error::option(format!("option \"name\": {name:?}: with -1 behind it, it {NAME_RULE}")));
+    }
+    let class_word = options.required("class_word")?;
+    let kind = options.string("kind")?.unwrap_or_else(|| "subject".to_owned());
+    let unknown = || Error::option(format!("option \"kind\": {kind:?} is not subject, person, scene or style"));
+    let kind = blocklora_spec::Kind::from_name(&kind).ok_or_else(unknown)?;
+    Ok(Concept { name, class_word, kind })
+}
+
+/// Checks that `data`, `lengths` and `captions` are of as many pictures.
+fn pictures_of(data: Vec<OwnedFd>, lengths: Option<Vec<u64>>, captions: Option<Vec<String>>) -> Result<Pictures> {
     if lengths.is_some() && data.len() != 1 {
         let reason = format!("option \"lengths\": data has {} files, not the one that holds all pictures", data.len());
-        return Err(Error::option(reason).into());
+        return Err(Error::option(reason));
     }
     let count = lengths.as_ref().map_or(data.len(), Vec::len);
     if count == 0 || count > PICTURES_MAX {
-        return Err(Error::option(format!("data: {count} pictures; 1 to {PICTURES_MAX} are needed")).into());
+        return Err(Error::option(format!("data: {count} pictures; 1 to {PICTURES_MAX} are needed")));
     }
     let captions = captions.unwrap_or_else(|| vec![String::new(); count]);
     if captions.len() != count {
         let message = format!("option \"captions\": {} for {count} pictures; give one for each", captions.len());
-        return Err(Error::option(message).into());
+        return Err(Error::option(message));
     }
-    call.daemon.model(&model)?;
-    let config = Options::new(config).into_json()?;
-    let concept = Concept { name: name.clone(), class_word: class_word.clone(), kind };
-    let uid = call.caller.uid;
-    let _turn = call.turn_to_read().await?;
-    let job = call
-        .remembering(move |daemon| {
-            // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
-            let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
-            let request = TrainRequest {
-                concept,
-                seed,
-                output: PathBuf::new(),
-                resume,
-                storage,
-                licence: licence.clone(),
-                created: created.clone(),
-                sampler: None,
-            };
-            let config = settings(daemon, &model, &plugin, config)?;
-            check(daemon.methods.trainer(&plugin, &config, tried)?.as_ref(), &request)?;
-            let id = daemon.new_id();
-            let folder = daemon.training_folder(&id);
-            let given = match &rows {
-                Rows::Lease(lease) => Some(daemon.catalogue.find_lease(lease)?),
-                _ => None,
-            };
-            let pictures = store_pictures(daemon, &folder, &data, lengths.as_deref(), &captions);
-            let work = pictures.and_then(|pictures| {
-                let (partition, lease) = take_rows(daemon, &id, rows, &model, &Claim::of_training(&id, &name, uid))?;
-                Ok(Train {
-                    model,
-                    precision,
-                    trainer: plugin,
-                    config,
-                    partition,
-                    lease,
-                    name,
-                    class_word,
-                    kind,
-                    pictures,
-                    seed,
-                    storage,
-                    licence,
-                    created,
-                    folder: folder.clone(),
-                    ends_with_client: ticket.lifetime == Lifetime::Connection,
-                    resume,
-                    deadline_usec: ticket.timeout.map(|span| now_usec().saturating_add(span.as_micros() as u64)),
-                })
-            });
-            let limits = daemon.queue_limits();
-            let job = work.and_then(|work| daemon.submit_as(id.clone(), &ticket, Work::Train(Box::new(work)), limits));
-            if job.is_err() {
-                // What could not be queued leaves nothing behind; the first error is the one to report.
-                let _ = std::fs::remove_dir_all(&folder);
-                let _ = match given {
-                    Some(lease) => daemon.catalogue.hand_back(&lease, &id),
-                    None => daemon.catalogue.release(&id),
-                };
-            }
-            job
+    Ok(Pictures { data, lengths, captions })
+}
+
+/// Checks the settings, stores the pictures, takes the rows and queues the job; where one of them fails nothing is left.
+fn queue(daemon: &Daemon, ticket: &Ticket, asked: Asked) -> Result<Arc<Job>> {
+    let Asked { plugin, config, model, precision, rows, request, pictures, uid } = asked;
+    // Wrong settings are said now, not when the job runs; which slot it will be does not matter for that.
+    let tried = if matches!(rows, Rows::All) { None } else { Some(PARTITION) };
+    let config = settings(daemon, &model, &plugin, config)?;
+    check(daemon.methods.trainer(&plugin, &config, tried)?.as_ref(), &request)?;
+    let id = daemon.new_id();
+    let folder = daemon.training_folder(&id);
+    let given = match &rows {
+        Rows::Lease(lease) => Some(daemon.catalogue.find_lease(lease)?),
+        _ => None,
+    };
+    let TrainRequest { concept, seed, resume, storage, licence, created, .. } = request;
+    let pictures = store_pictures(daemon, &folder, &pictures);
+    let work = pictures.and_then(|pictures| {
+        let claim = Claim::of_training(&id, &concept.name, uid);
+        let (partition, lease) = take_rows(daemon, &id, rows, &model, &claim)?;
+        Ok(Train {
+            model,
+            precision,
+            trainer: plugin,
+            config,
+            partition,
+            lease,
+            name: concept.name,
+            class_word: concept.class_word,
+            kind: concept.kind,
+            pictures,
+            seed,
+            storage,
+            licence,
+            created,
+            folder: folder.clone(),
+            ends_with_client: ticket.lifetime == Lifetime::Connection,
+            resume,
+            deadline_usec: ticket.timeout.map(|span| now_usec().saturating_add(span.as_micros() as u64)),
         })
-        .await?;
-    Ok(job)
+    });
+    let limits = daemon.queue_limits();
+    let job = work.and_then(|work| daemon.submit_as(id.clone(), ticket, Work::Train(Box::new(work)), limits));
+    if job.is_err() {
+        // What could not be queued leaves nothing behind; the first error is the one to report.
+        let _ = std::fs::remove_dir_all(&folder);
+        let _ = match given {
+            Some(lease) => daemon.catalogue.hand_back(&lease, &id),
+            None => daemon.catalogue.release(&id),
+        };
+    }
+    job
 }
 
 /// The trainer's settings: those that the client gives, and the model folder's own for the others, table by table.
@@ -214,17 +251,12 @@ fn take_rows(
 }
 
 /// Writes the pictures that a client sent into the job's folder.
-fn store_pictures(
-    daemon: &Daemon,
-    folder: &Path,
-    data: &[OwnedFd],
-    lengths: Option<&[u64]>,
-    captions: &[String],
-) -> Result<Vec<(String, Option<String>)>> {
+fn store_pictures(daemon: &Daemon, folder: &Path, sent: &Pictures) -> Result<Vec<(String, Option<String>)>> {
+    let Pictures { data, lengths, captions } = sent;
     let io = |e: std::io::Error| Error::io(folder.display(), &e);
     std::fs::create_dir_all(folder).map_err(io)?;
     let mut left = daemon.config().limits.training_data_bytes_max;
-    let joined = match (lengths, data) {
+    let joined = match (lengths, data.as_slice()) {
         (Some(lengths), [joined]) => Some((read_client_file(joined, left, "data[0]")?, lengths)),
         _ => None,
     };

@@ -1,17 +1,18 @@
 //! Helper processes: the same program as the daemon, under limits.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, setrlimit};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 
 use super::error::{PluginError, Result};
 
 /// How long a child that is waited for may go without a look at it.
-pub const POLL: Duration = Duration::from_millis(5);
+const POLL: Duration = Duration::from_millis(5);
 
 /// The daemon's program: beside this one, or one folder up (tests), or in PATH.
 pub fn program() -> Result<PathBuf> {
@@ -51,37 +52,64 @@ pub fn run(program: &Path, arguments: &[&std::ffi::OsStr], limit: Duration) -> R
         .spawn()
         .map_err(|e| failed(e.to_string()))?;
     let group = Pid::from_raw(child.id().cast_signed());
-    let stdout = reader(child.stdout.take());
-    let status = wait(&mut child, limit).map_err(|e| failed(e.to_string()))?;
-    // Whatever the library has started ends, too: it holds the pipe.
+    let mut stdout = Output::of(child.stdout.take()).map_err(|e| failed(e.to_string()))?;
+    let status = wait_and(&mut child, limit, || stdout.read()).map_err(|e| failed(e.to_string()))?;
+    // Whatever the library has started ends, too.
     if let Some(group) = group {
         // None may be left.
         let _ = kill_process_group(group, Signal::KILL);
     }
-    let stdout = stdout.join().unwrap_or_default();
+    stdout.read();
     Ok(match status {
-        Some(status) => End::Exited(status, stdout),
+        Some(status) => End::Exited(status, stdout.bytes),
         None => End::TimedOut,
     })
 }
 
 /// Bytes of a helper's output that are kept.
-const OUTPUT_BYTES_MAX: u64 = 16 << 20;
+const OUTPUT_BYTES_MAX: usize = 16 << 20;
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // A pipe that breaks gives what came before.
-            drop(pipe.by_ref().take(OUTPUT_BYTES_MAX).read_to_end(&mut bytes));
-            drop(std::io::copy(&mut pipe, &mut std::io::sink()));
+/// What a helper writes, read without waiting for more: a process that it has left behind may hold the pipe for ever.
+struct Output {
+    pipe: Option<ChildStdout>,
+    bytes: Vec<u8>,
+}
+
+impl Output {
+    fn of(pipe: Option<ChildStdout>) -> std::io::Result<Self> {
+        if let Some(pipe) = &pipe {
+            fcntl_setfl(pipe, fcntl_getfl(pipe)? | OFlags::NONBLOCK)?;
         }
-        bytes
-    })
+        Ok(Self { pipe, bytes: Vec::new() })
+    }
+
+    /// Reads what is there, and no more than the largest pipe holds, or who writes without end would keep us here. A pipe
+    /// that breaks gives what came before.
+    fn read(&mut self) {
+        const PIPE_BYTES_MAX: usize = 1 << 20;
+        let mut part = [0; 1 << 14];
+        let Some(pipe) = &mut self.pipe else { return };
+        for _ in 0..PIPE_BYTES_MAX / part.len() {
+            match pipe.read(&mut part) {
+                Ok(0) => break,
+                Ok(read) => {
+                    let room = OUTPUT_BYTES_MAX - self.bytes.len();
+                    self.bytes.extend_from_slice(&part[..read.min(room)]);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+    }
 }
 
 /// Waits for at most `limit`, then kills; `None` if it had to.
 pub fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
+    wait_and(child, limit, || ())
+}
+
+/// The same, with something to do now and then.
+fn wait_and(child: &mut Child, limit: Duration, mut meanwhile: impl FnMut()) -> std::io::Result<Option<ExitStatus>> {
     let start = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
@@ -92,6 +120,7 @@ pub fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitSt
             child.wait()?;
             return Ok(None);
         }
+        meanwhile();
         std::thread::sleep(POLL);
     }
 }
@@ -131,10 +160,28 @@ mod tests {
     #[test]
     fn what_a_helper_leaves_behind_is_not_waited_for() {
         let since = Instant::now();
-        let arguments = ["-c", "sleep 60 & echo here"].map(std::ffi::OsStr::new);
-        let end = run(Path::new("/bin/sh"), &arguments, Duration::from_secs(30)).unwrap();
-        let End::Exited(status, stdout) = end else { panic!("it takes no time") };
-        assert!(status.success() && stdout == b"here\n");
+        // The second is in a session of its own, where it is not found: it goes on, with the pipe.
+        for script in ["sleep 60 & echo here", "setsid sleep 40 & echo here"] {
+            let arguments = ["-c", script].map(std::ffi::OsStr::new);
+            let end = run(Path::new("/bin/sh"), &arguments, Duration::from_secs(30)).unwrap();
+            let End::Exited(status, stdout) = end else { panic!("it takes no time") };
+            assert!(status.success() && stdout == b"here\n");
+        }
         assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
+    }
+
+    #[test]
+    fn one_that_writes_without_end_is_ended() {
+        let arguments = ["-c", "cat /dev/zero"].map(std::ffi::OsStr::new);
+        let end = run(Path::new("/bin/sh"), &arguments, Duration::from_millis(300)).unwrap();
+        assert!(matches!(end, End::TimedOut));
+    }
+
+    #[test]
+    fn more_than_a_pipe_holds_is_read() {
+        let arguments = ["-c", "head -c 1000000 /dev/zero; echo end"].map(std::ffi::OsStr::new);
+        let end = run(Path::new("/bin/sh"), &arguments, Duration::from_secs(30)).unwrap();
+        let End::Exited(status, stdout) = end else { panic!("it waits for its reader only") };
+        assert!(status.success() && stdout.len() == 1_000_004 && stdout.ends_with(b"end\n"));
     }
 }
