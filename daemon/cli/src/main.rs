@@ -41,6 +41,7 @@ mod merge;
 mod models;
 mod plugin;
 mod score;
+mod separate;
 mod slots;
 mod status;
 mod train;
@@ -117,6 +118,7 @@ enum Command {
     Export(export::Args),
     Import(import::Args),
     Score(score::Args),
+    Separate(separate::Args),
     #[command(subcommand)]
     Adapters(adapters::Command),
     #[command(subcommand)]
@@ -147,6 +149,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Export(args) => export::run(&args),
         Command::Import(args) => import::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Separate(args) => separate::run(&args),
         Command::Adapters(command) => adapters::run(&command, &daemon),
         Command::Models(command) => models::run(&command, &daemon),
         Command::Slots(args) => slots::run(&args, &daemon),

@@ -41,6 +41,7 @@ fn every_command_option_and_argument_is_explained() {
         "export",
         "import",
         "score",
+        "separate",
         "adapters add",
         "adapters list",
         "adapters show",

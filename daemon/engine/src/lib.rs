@@ -16,6 +16,7 @@ pub mod ops;
 pub use blocklora_spec::rng;
 pub mod sample;
 pub mod score;
+pub mod separate;
 pub mod text;
 pub mod train;
 pub mod weights;

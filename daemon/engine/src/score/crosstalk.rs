@@ -7,16 +7,13 @@ use std::cell::RefCell;
 
 use candle_core::Tensor;
 
-use crate::error::{Error, Result};
-use crate::image::{Filter, Picture};
+use super::show::show;
+use crate::error::Result;
+use crate::image::Picture;
 use crate::merge::AdapterFactors;
 use crate::model::Model;
-use crate::nn::{Forward, LayerId, Recorder};
-use crate::rng::{Rng, Stream};
-use crate::text::{self, Concept};
-
-/// Noise levels at which pictures are shown to the UNet.
-const TIMESTEPS: [usize; 3] = [200, 500, 800];
+use crate::nn::{LayerId, Recorder};
+use crate::text::Concept;
 
 /// What one layer answers to some input X: sums of squares over all of its outputs and tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,28 +34,7 @@ pub fn answers(
 ) -> Result<Vec<Answer>> {
     let empty = Answer { output: 0.0, deltas: vec![0.0; adapters.len()] };
     let sums = Sums { model, adapters, answers: RefCell::new(vec![empty; model.layers().len()]) };
-    let with = Forward { adapters: &[], recorder: Some(&sums) };
-    let (channels, height, width) = model.latent_shape();
-    let factor = model.vae().downscale();
-    let (mut noised, mut timesteps, mut prompts) = (Vec::new(), Vec::new(), Vec::new());
-    for (k, (picture, caption)) in pictures.iter().enumerate() {
-        let picture = picture.resized(width * factor, height * factor, Filter::Bicubic)?;
-        let pixels = Tensor::from_vec(picture.to_chw(), (1, 3, height * factor, width * factor), model.device())?;
-        let z = (model.vae().encode(&pixels)?.0 * model.vae().scaling_factor())?;
-        for t in TIMESTEPS {
-            let alphas = &model.schedule().alphas_cumprod;
-            let alpha = f64::from(*alphas.get(t).ok_or_else(|| {
-                Error::option("timestep", t, format!("the model's schedule has {} steps", alphas.len()))
-            })?);
-            let noise = Rng::new(k as u64, Stream::Noise, t as u32, 0).normals(channels * height * width);
-            let noise = Tensor::from_vec(noise, z.shape(), model.device())?;
-            noised.push(((&z * alpha.sqrt())? + (noise * (1.0 - alpha).sqrt())?)?);
-            timesteps.push(t as f32);
-            prompts.push(caption.as_str());
-        }
-    }
-    let context = text::encode(model, &prompts, concepts, &with)?;
-    model.unet().forward(&Tensor::cat(&noised, 0)?, &timesteps, &context, &with)?;
+    show(model, concepts, pictures, &sums)?;
     Ok(sums.answers.into_inner())
 }
 

@@ -5,6 +5,7 @@ mod alignment;
 mod clip;
 mod crosstalk;
 mod preprocess;
+mod show;
 
 use std::path::Path;
 
@@ -12,6 +13,7 @@ use candle_core::{Device, Tensor};
 
 pub use alignment::{Feature, IdentityClassifier, PAPER_PREFIX, cosine, image_alignment, prior_text, text_alignment};
 pub use crosstalk::{Answer, answers};
+pub(crate) use show::show;
 
 use crate::error::{Error, Result};
 use crate::image::Picture;
