@@ -42,6 +42,14 @@ def train(options, name, setting):
     return folder
 
 
+def separate(options, name, folder):
+    separated = options.work / f"{name}-separated"
+    if not separated.exists():
+        command = [os.environ.get("BLOCKLORA", "blocklora"), "separate", folder, "--output", separated]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return separated
+
+
 def score(options, name, setting, folder):
     result = options.work / f"{name}.json"
     if not result.exists():
@@ -85,6 +93,8 @@ def main():
         if options.only and name not in options.only:
             continue
         folder = options.work / setting["adapters"] if "adapters" in setting else train(options, name, setting)
+        if setting.get("separate"):
+            folder = separate(options, name, folder)
         for row in score(options, name, setting, folder):
             mean, error = row["mean"], row["standard_error"]
             cells = [f"{mean[m]:.3f} ± {error[m]:.3f}" for m in MEASURES]

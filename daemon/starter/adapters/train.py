@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Trains the bundled adapters: every concept of ../concepts/concepts.json, each in a slot of its own.
+"""Trains every concept of ../concepts/concepts.json, each by itself and in a slot of its own.
 
-    python3 train.py [--method blocklora|ed-lora] [--config FILE] [--out DIR] [--only NAME ...] [--jobs N]
+    python3 train.py --out DIR [--method blocklora|ed-lora] [--config FILE] [--only NAME ...] [--jobs N]
+
+The bundled adapters are what `blocklora separate DIR --output SEPARATED` makes of them.
 
 Uses the built `blocklora` command ($BLOCKLORA, else the one on the path). What is already there is left alone; what was
 interrupted is resumed. The same model, pictures, settings and seed give the same files, byte for byte.
@@ -30,7 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="blocklora")
     parser.add_argument("--config", type=pathlib.Path, help="settings; for other keys those of the model's folder count")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--concepts", type=pathlib.Path, default=HERE.parent / "concepts" / "concepts.json")
     parser.add_argument("--base", type=pathlib.Path, default=HERE.parent / "model")
     parser.add_argument("--only", nargs="*", default=[])
