@@ -99,17 +99,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut session = Session::new(session::open_model(&args.model)?, &files)?;
     let shown = draw_each(args, &mut session)?;
 
-    let spinner = progress::spinner("looking at the layers");
+    // Each concept twice: to separate, and to see what came of it.
+    let bar = progress::bar("looking", 2 * shown.len());
     let mut separation = Separation::new(&session.model);
     for (i, pictures) in shown.iter().enumerate() {
         interrupt::check()?;
         merge_alone(&mut session, i)?;
         let factors: Vec<&AdapterFactors> = session.factors().collect();
         separation.add(&session.model, &factors, &session.concepts, pictures)?;
+        bar.inc(1);
     }
-    spinner.set_message("separating");
     let new_a = separation.separate(args.ridge)?;
-    spinner.set_message("measuring");
     let digests: Vec<&str> = session.adapters.iter().map(Adapter::digest).collect();
     let made = json!({"among": digests, "ridge": args.ridge});
     let mut written = Vec::new();
@@ -119,8 +119,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         let digest = builder(adapter, new_a, &made, args.storage.into()).write(&path)?;
         written.push((args.output.join(name), digest));
     }
-    let reports = measure(&mut session, &new_a, &shown, written)?;
-    spinner.finish_and_clear();
+    let reports = measure(&mut session, &new_a, &shown, written, &bar)?;
+    bar.finish_and_clear();
     folder.finish()?;
     if args.json {
         return output::print_json(&reports);
@@ -162,7 +162,7 @@ fn merge_alone(session: &mut Session, i: usize) -> anyhow::Result<()> {
 fn draw_each(args: &Args, session: &mut Session) -> anyhow::Result<Vec<Vec<(Picture, String)>>> {
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
     let jobs: Vec<Vec<Job>> = session.adapters.iter().map(|adapter| jobs(args, adapter.manifest())).collect();
-    let bar: ProgressBar = progress::bar("drawing", jobs.iter().map(Vec::len).sum::<usize>() * settings.steps);
+    let bar = progress::bar("drawing", jobs.iter().map(Vec::len).sum::<usize>() * settings.steps);
     let mut shown = Vec::new();
     for (i, jobs) in jobs.iter().enumerate() {
         merge_alone(session, i)?;
@@ -220,6 +220,7 @@ fn measure(
     new_a: &[NewA],
     shown: &[Vec<(Picture, String)>],
     written: Vec<(PathBuf, String)>,
+    bar: &ProgressBar,
 ) -> anyhow::Result<Vec<Report>> {
     let of_new = |(old, new_a): (&AdapterFactors, &NewA)| {
         let layer = |layer: &AdapterLayer| {
@@ -248,6 +249,7 @@ fn measure(
             others_before: median(layers.iter().map(|(old, _)| others(old))),
             others_after: median(layers.iter().map(|(_, new)| others(new))),
         });
+        bar.inc(1);
     }
     Ok(reports)
 }

@@ -165,8 +165,7 @@ fn foreign_files_are_named_with_what_to_do() {
 fn keys_that_are_left_out_are_listed() {
     let folder = temporary();
     let path = |name: &str| folder.path().join(name);
-    let layer =
-        &Adapter::open(bundled()).unwrap().layers()[0].name.replace("text_encoder.", "lora_te_").replace('.', "_");
+    let layer = "lora_te_text_model_encoder_layers_0_mlp_fc1";
     let (down, up) = (format!("{layer}.lora_down.weight"), format!("{layer}.lora_up.weight"));
     let [m, n] = [640, 160];
     let (mixed, output) = (path("mixed.safetensors"), path("x.safetensors"));

@@ -76,7 +76,7 @@ fn start_with(folder: &Path, output: &str, more: &[&str]) -> Child {
 fn what_nobody_sets_is_as_the_models_folder_has_it() {
     let folder = temporary();
     let path = folder.path();
-    prepare(path, "learning_rate = { unet = 1e-3 }\n");
+    prepare(path, "learning_rate = { unet = 2e-3 }\n");
     let settings_of = |file: &str, more: &[&str]| {
         let args = ["train", "--images", "photos", "--class", "dog", "--name", "milo", "--steps", "2", "-o", file];
         run_in(path, &[&args, more].concat());
@@ -96,10 +96,10 @@ fn what_nobody_sets_is_as_the_models_folder_has_it() {
     assert!(output.status.success() && stderr.contains("warning: token_norm_limit = 0.55 is not kept"), "{stderr}");
     let said = settings_of("none.st", &[]);
     assert_eq!((&said["batch_size"], &said["layers"], &said["steps"]), (&2.into(), &"all".into(), &2.into()));
-    assert_eq!(said["learning_rate"]["unet"], 2e-4);
+    assert_eq!(said["learning_rate"]["unet"], 1e-3);
     let said = settings_of("some.st", &["--config", "settings.toml"]);
-    assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &1e-3.into()));
-    assert_eq!(said["learning_rate"]["tokens"], 0.06);
+    assert_eq!((&said["batch_size"], &said["learning_rate"]["unet"]), (&2.into(), &2e-3.into()));
+    assert_eq!(said["learning_rate"]["tokens"], 0.04);
 }
 
 #[test]
@@ -413,7 +413,7 @@ fn every_line_of_the_captions_file_is_for_one_picture() {
 fn only_prompts_that_are_drawn_must_fit() {
     let folder = temporary();
     let path = folder.path();
-    prepare(path, SETTINGS);
+    prepare(path, &format!("templates = true\n{SETTINGS}"));
     // Begin, end and the concept's two words have a place each.
     let words = common::model().tokenizer().length() - 4;
     std::fs::write(path.join("photos/0.txt"), format!("{{c}}{}", " a".repeat(words))).unwrap();
