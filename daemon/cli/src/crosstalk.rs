@@ -60,7 +60,7 @@ pub fn measure(
             for (answer, _) in layers.filter(|(a, layer)| belongs(&layer.name) && a.deltas[i] > 0.0) {
                 let mine = answer.deltas[i];
                 own.push((mine / answer.output).sqrt());
-                all_others.push(((answer.deltas.iter().sum::<f64>() - mine) / mine).sqrt());
+                all_others.push(all_others_by_own(&answer.deltas, i));
             }
         }
         let (own, all_others) = (median(own)?, median(all_others)?);
@@ -69,7 +69,13 @@ pub fn measure(
     Ok(PARTS.iter().filter_map(of_part).collect())
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+/// The root of the sum of what all but the i-th answer, by what the i-th does; `deltas` are sums of squares.
+pub fn all_others_by_own(deltas: &[f64], i: usize) -> f64 {
+    ((deltas.iter().sum::<f64>() - deltas[i]) / deltas[i]).sqrt()
+}
+
+/// None of nothing.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }

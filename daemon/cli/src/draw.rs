@@ -37,6 +37,19 @@ pub struct Job {
     pub seed: u64,
 }
 
+/// `images` pictures for each of `prompts`, with the seeds `seed`, `seed` + 1, ... for every prompt.
+pub fn jobs(prompts: impl IntoIterator<Item = String>, images: u16, seed: u64) -> Vec<Job> {
+    let of_prompt = |prompt: String| {
+        let job = move |i: u16| Job {
+            prompt: prompt.clone(),
+            negative: String::new(),
+            seed: seed.wrapping_add(u64::from(i)),
+        };
+        (0..images).map(job)
+    };
+    prompts.into_iter().flat_map(of_prompt).collect()
+}
+
 /// The guidance that `args` ask for, or the model folder's own.
 pub fn guidance(args: &SamplingArgs, model: &Path) -> anyhow::Result<f32> {
     Ok(args.guidance.map_or_else(|| Defaults::of(model).map(|defaults| defaults.guidance_scale), Ok)?)

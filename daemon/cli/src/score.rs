@@ -362,15 +362,7 @@ fn draw_apart(
 fn jobs_of(args: &Args, entry: &Entry, word: &str) -> Vec<Job> {
     let count = args.prompts.map_or(entry.prompts.len(), usize::from);
     let prompts = entry.prompts.iter().take(count).map(|p| p.replace("{c}", word));
-    let seeds = |prompt: String| {
-        let job = move |i: u16| Job {
-            prompt: prompt.clone(),
-            negative: String::new(),
-            seed: args.sampling.seed.wrapping_add(u64::from(i)),
-        };
-        (0..args.images).map(job)
-    };
-    prompts.flat_map(seeds).collect()
+    draw::jobs(prompts, args.images, args.sampling.seed)
 }
 
 fn name_of(strategy: Strategy) -> String {

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use blocklora_engine::image::Picture;
-use blocklora_engine::merge::{AdapterFactors, AdapterLayer};
+use blocklora_engine::merge::AdapterFactors;
+use blocklora_engine::merge::strategy::MergeStrategy;
 use blocklora_engine::score::answers;
 use blocklora_engine::separate::{NewA, Separation};
 use blocklora_spec::{Adapter, AdapterBuilder, Kind, Layer, Manifest, Storage};
-use indicatif::ProgressBar;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::args::{self, Clash, MergeArgs, OwnModelArgs, SamplingArgs, StorageArg, Strategy};
+use crate::crosstalk::{all_others_by_own, median};
 use crate::draw::{self, Job};
 use crate::output::{self, OutputFolder};
 use crate::session::{self, Session};
@@ -97,29 +99,37 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     check_prompts(&args.prompts)?;
     let folder = OutputFolder::create(&args.output)?;
     let mut session = Session::new(session::open_model(&args.model)?, &files)?;
-    let shown = draw_each(args, &mut session)?;
+    // Of one adapter every strategy makes the same.
+    let strategy = methods::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean })?;
+    let shown = draw_each(args, &mut session, &strategy)?;
 
     // Each concept twice: to separate, and to see what came of it.
     let bar = progress::bar("looking", 2 * shown.len());
-    let mut separation = Separation::new(&session.model);
+    let mut separation = Separation::new(&session.model, session.factors());
     for (i, pictures) in shown.iter().enumerate() {
         interrupt::check()?;
-        merge_alone(&mut session, i)?;
-        let factors: Vec<&AdapterFactors> = session.factors().collect();
-        separation.add(&session.model, &factors, &session.concepts, pictures)?;
+        session.merge(&[(i, 1.0)], &strategy)?;
+        let factors = session.factors().nth(i).context("every adapter has factors")?;
+        separation.add(&session.model, factors, &session.concepts, pictures)?;
         bar.inc(1);
     }
     let new_a = separation.separate(args.ridge)?;
     let digests: Vec<&str> = session.adapters.iter().map(Adapter::digest).collect();
     let made = json!({"among": digests, "ridge": args.ridge});
-    let mut written = Vec::new();
+    let mut new = Vec::new();
     for ((adapter, new_a), file) in session.adapters.iter().zip(&new_a).zip(&files) {
-        let name = file.file_name().context("a file has a name")?;
-        let path = folder.path().join(name);
-        let digest = builder(adapter, new_a, &made, args.storage.into()).write(&path)?;
-        written.push((args.output.join(name), digest));
+        let path = folder.path().join(file.file_name().context("a file has a name")?);
+        builder(adapter, new_a, &made, args.storage.into()).write(&path)?;
+        new.push(AdapterFactors::from_adapter(&Adapter::open(&path)?)?);
     }
-    let reports = measure(&mut session, &new_a, &shown, written, &bar)?;
+    let mut reports = Vec::new();
+    for ((i, pictures), file) in shown.iter().enumerate().zip(&files) {
+        interrupt::check()?;
+        session.merge(&[(i, 1.0)], &strategy)?;
+        let file = args.output.join(file.file_name().context("a file has a name")?);
+        reports.push(report(&session, i, &new, pictures, file)?);
+        bar.inc(1);
+    }
     bar.finish_and_clear();
     folder.finish()?;
     if args.json {
@@ -153,19 +163,18 @@ fn check_prompts(prompts: &[String]) -> anyhow::Result<()> {
     }
 }
 
-fn merge_alone(session: &mut Session, i: usize) -> anyhow::Result<()> {
-    let strategy = methods::strategy(&MergeArgs { strategy: Strategy::Blocklora, on_clash: Clash::Mean })?;
-    session.merge(&[(i, 1.0)], &strategy).map(drop)
-}
-
 /// Draws every concept by itself; its pictures and their prompts.
-fn draw_each(args: &Args, session: &mut Session) -> anyhow::Result<Vec<Vec<(Picture, String)>>> {
+fn draw_each(
+    args: &Args,
+    session: &mut Session,
+    strategy: &Arc<dyn MergeStrategy>,
+) -> anyhow::Result<Vec<Vec<(Picture, String)>>> {
     let settings = draw::Settings::new(&args.sampling, &session.model)?;
     let jobs: Vec<Vec<Job>> = session.adapters.iter().map(|adapter| jobs(args, adapter.manifest())).collect();
     let bar = progress::bar("drawing", jobs.iter().map(Vec::len).sum::<usize>() * settings.steps);
     let mut shown = Vec::new();
     for (i, jobs) in jobs.iter().enumerate() {
-        merge_alone(session, i)?;
+        session.merge(&[(i, 1.0)], strategy)?;
         let pictures = draw::draw(session, jobs, &settings, settings.batch(), &bar)?;
         shown.push(pictures.into_iter().zip(jobs.iter().map(|job| job.prompt.clone())).collect());
     }
@@ -182,12 +191,8 @@ fn jobs(args: &Args, concept: &Manifest) -> Vec<Job> {
     };
     let given: Vec<&str> = args.prompts.iter().map(String::as_str).collect();
     let prompts = if given.is_empty() { &usual[..] } else { &given };
-    let job = |prompt: &str, image: u16| Job {
-        prompt: prompt.replace(PLACE, &format!("<{}>", concept.name)),
-        negative: String::new(),
-        seed: args.sampling.seed.wrapping_add(u64::from(image)),
-    };
-    prompts.iter().flat_map(|prompt| (0..args.images).map(|image| job(prompt, image))).collect()
+    let name = format!("<{}>", concept.name);
+    draw::jobs(prompts.iter().map(|prompt| prompt.replace(PLACE, &name)), args.images, args.sampling.seed)
 }
 
 /// `adapter` with another A in each layer; its manifest says how it was made.
@@ -195,15 +200,15 @@ fn builder(adapter: &Adapter, new_a: &NewA, made: &Value, storage: Storage) -> A
     let mut manifest = adapter.manifest().clone();
     let mut made = made.clone();
     made["from"] = adapter.digest().into();
-    match &mut manifest.algorithm.config {
-        Value::Object(config) => drop(config.insert(KEY.to_owned(), made)),
-        // The reader lets none but objects through.
-        other => *other = Value::Object(Map::from_iter([(KEY.to_owned(), made)])),
+    // The reader lets none but objects through.
+    if let Some(config) = manifest.algorithm.config.as_object_mut() {
+        config.insert(KEY.to_owned(), made);
     }
     let mut builder = AdapterBuilder::new(&manifest, storage);
     for (name, &outputs) in &manifest.outputs {
         builder = match adapter.layers().iter().find(|layer| layer.name == *name) {
             Some(layer) => {
+                // What nothing enters has nothing to answer to.
                 let a = new_a.get(name).cloned().unwrap_or_else(|| layer.a());
                 builder.layer(Layer { name, outputs, a: &a, b: &layer.b() })
             }
@@ -214,51 +219,31 @@ fn builder(adapter: &Adapter, new_a: &NewA, made: &Value, storage: Storage) -> A
     adapter.tokens().iter().fold(builder, AdapterBuilder::token)
 }
 
-/// Shows every concept's pictures again, to see what the old and the new adapters answer.
-fn measure(
-    session: &mut Session,
-    new_a: &[NewA],
-    shown: &[Vec<(Picture, String)>],
-    written: Vec<(PathBuf, String)>,
-    bar: &ProgressBar,
-) -> anyhow::Result<Vec<Report>> {
-    let of_new = |(old, new_a): (&AdapterFactors, &NewA)| {
-        let layer = |layer: &AdapterLayer| {
-            let a = new_a.get(&layer.name).unwrap_or(&layer.a).clone();
-            AdapterLayer { a, ..layer.clone() }
-        };
-        AdapterFactors::new(old.name(), old.scale(), old.layers().map(layer).collect())
+/// Shows the i-th concept's pictures, with it merged, to see what the old adapters and the `new` ones answer.
+fn report(
+    session: &Session,
+    i: usize,
+    new: &[AdapterFactors],
+    pictures: &[(Picture, String)],
+    file: PathBuf,
+) -> anyhow::Result<Report> {
+    let both: Vec<&AdapterFactors> = session.factors().chain(new).collect();
+    let answers = answers(&session.model, &both, &session.concepts, pictures)?;
+    // Of the layers in which it changes something.
+    let layers: Vec<(&[f64], &[f64])> =
+        answers.iter().map(|answer| answer.deltas.split_at(new.len())).filter(|(old, _)| old[i] > 0.0).collect();
+    let others = (new.len() - 1) as f64;
+    let of_layers = |value: &dyn Fn(&[f64], &[f64]) -> f64| {
+        median(layers.iter().map(|(old, new)| value(old, new)).collect()).unwrap_or_default()
     };
-    let new = session.factors().zip(new_a).map(of_new).collect::<Result<Vec<_>, _>>()?;
-    let count = new.len();
-    let mut reports = Vec::new();
-    for ((i, pictures), (file, digest)) in shown.iter().enumerate().zip(written) {
-        interrupt::check()?;
-        merge_alone(session, i)?;
-        let both: Vec<&AdapterFactors> = session.factors().chain(&new).collect();
-        let answers = answers(&session.model, &both, &session.concepts, pictures)?;
-        // Of the layers in which it changes something.
-        let layers: Vec<(&[f64], &[f64])> =
-            answers.iter().map(|answer| answer.deltas.split_at(count)).filter(|(old, _)| old[i] > 0.0).collect();
-        let others = |of: &[f64]| ((of.iter().sum::<f64>() - of[i]) / (count - 1) as f64 / of[i]).sqrt();
-        reports.push(Report {
-            name: session.adapters[i].manifest().name.clone(),
-            file,
-            digest,
-            own: median(layers.iter().map(|(old, new)| (new[i] / old[i]).sqrt())),
-            others_before: median(layers.iter().map(|(old, _)| others(old))),
-            others_after: median(layers.iter().map(|(_, new)| others(new))),
-        });
-        bar.inc(1);
-    }
-    Ok(reports)
-}
-
-/// 0 of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+    Ok(Report {
+        name: new[i].name().to_owned(),
+        file,
+        digest: new[i].digest().to_owned(),
+        own: of_layers(&|old, new| (new[i] / old[i]).sqrt()),
+        others_before: of_layers(&|old, _| all_others_by_own(old, i) / others.sqrt()),
+        others_after: of_layers(&|_, new| all_others_by_own(new, i) / others.sqrt()),
+    })
 }
 
 fn table(reports: &[Report]) -> Table {

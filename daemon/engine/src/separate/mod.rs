@@ -14,13 +14,14 @@
 mod cholesky;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::image::Picture;
+use crate::merge::strategy::LayerInfo;
 use crate::merge::{AdapterFactors, AdapterLayer};
 use crate::model::Model;
 use crate::nn::{LayerId, Recorder};
@@ -33,8 +34,9 @@ pub type NewA = BTreeMap<String, Vec<f32>>;
 /// Collects what enters the layers for each concept of a set, and separates the set's adapters. Takes n^2 numbers for
 /// each layer that an adapter changes, however many adapters there are.
 pub struct Separation {
-    /// In the order of the model's layers.
-    layers: Vec<Inputs>,
+    /// In the order of the model's layers; none of those that no adapter changes.
+    layers: Vec<Option<Inputs>>,
+    /// How many were added.
     adapters: usize,
 }
 
@@ -49,31 +51,31 @@ struct Inputs {
 }
 
 impl Separation {
-    /// Of no adapter yet, on `model`.
-    pub fn new(model: &Model) -> Self {
-        let inputs =
-            |layer: &crate::merge::strategy::LayerInfo| Inputs { name: layer.name.clone(), ..Inputs::default() };
+    /// For `adapters` on `model`; none is added yet.
+    pub fn new<'a>(model: &Model, adapters: impl Iterator<Item = &'a AdapterFactors>) -> Self {
+        let changed: BTreeSet<&str> = adapters.flat_map(AdapterFactors::layers).map(|l| l.name.as_str()).collect();
+        let inputs = |layer: &LayerInfo| {
+            let is_changed = changed.contains(layer.name.as_str());
+            is_changed.then(|| Inputs { name: layer.name.clone(), ..Inputs::default() })
+        };
         Self { layers: model.layers().iter().map(inputs).collect(), adapters: 0 }
     }
 
-    /// Adds the next of `adapters`, which are to be separated. It should be the only one that is merged into `model`, and
-    /// `pictures` show its concept, which `concepts` have, under their captions.
+    /// Adds the next adapter. It should be the only one that is merged into `model`, and `pictures` show its concept,
+    /// which `concepts` have, under their captions.
     pub fn add(
         &mut self,
         model: &Model,
-        adapters: &[&AdapterFactors],
+        adapter: &AdapterFactors,
         concepts: &[Concept],
         pictures: &[(Picture, String)],
     ) -> Result<()> {
-        let i = self.adapters;
-        let adapter = adapters.get(i).ok_or_else(|| Error::option("adapters", adapters.len(), "all are there"))?;
-        let is_changed = |inputs: &Inputs| adapters.iter().any(|adapter| adapter.layer(&inputs.name).is_some());
-        let wanted = self.layers.iter().map(is_changed).collect();
-        let moments = Moments { wanted, sums: RefCell::new(vec![None; self.layers.len()]) };
+        let moments = Moments { wanted: &self.layers, sums: RefCell::new(vec![None; self.layers.len()]) };
         show(model, concepts, pictures, &moments)?;
-        for (inputs, sum) in self.layers.iter_mut().zip(moments.sums.into_inner()) {
-            if let Some(sum) = sum {
-                inputs.add(i, &sum.flatten_all()?.to_vec1::<f32>()?, adapter)?;
+        let sums = moments.sums.into_inner();
+        for (inputs, sum) in self.layers.iter_mut().zip(sums) {
+            if let (Some(inputs), Some(sum)) = (inputs, sum) {
+                inputs.add(self.adapters, &sum.flatten_all()?.to_vec1::<f32>()?, adapter)?;
             }
         }
         self.adapters += 1;
@@ -86,10 +88,10 @@ impl Separation {
         if !(ridge > 0.0 && ridge.is_finite()) {
             return Err(Error::option("ridge", ridge, "must be positive"));
         }
-        let names: Vec<String> = self.layers.iter().map(|inputs| inputs.name.clone()).collect();
-        let solved = self.layers.into_par_iter().map(|inputs| inputs.solve(ridge)).collect::<Result<Vec<_>>>()?;
+        let solve = |inputs: Inputs| Ok((inputs.name.clone(), inputs.solve(ridge)?));
+        let solved = self.layers.into_par_iter().flatten().map(solve).collect::<Result<Vec<_>>>()?;
         let mut adapters = vec![NewA::new(); self.adapters];
-        for (name, of_layer) in names.into_iter().zip(solved) {
+        for (name, of_layer) in solved {
             for (i, a) in of_layer {
                 adapters[i].insert(name.clone(), a);
             }
@@ -141,14 +143,14 @@ impl Inputs {
 }
 
 /// Sums up X X^T for the layers that are wanted.
-struct Moments {
-    wanted: Vec<bool>,
+struct Moments<'a> {
+    wanted: &'a [Option<Inputs>],
     sums: RefCell<Vec<Option<Tensor>>>,
 }
 
-impl Recorder for Moments {
+impl Recorder for Moments<'_> {
     fn record(&self, layer: LayerId, input: &Tensor) -> candle_core::Result<()> {
-        if !self.wanted[layer.0] {
+        if self.wanted[layer.0].is_none() {
             return Ok(());
         }
         let x = input.flatten_to(input.dims().len().saturating_sub(2))?.contiguous()?;
